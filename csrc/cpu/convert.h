@@ -1,0 +1,106 @@
+// Element types of logits and gradients, and their conversion to and from the type that is computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "vec.h"
+
+namespace ceat {
+inline namespace CEAT_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+CEAT_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// bf16 is the upper half of fp32. Bits and F are an unsigned integer and the float of its size, or vectors of them.
+template <class F, class Bits>
+CEAT_HD F from_bfloat16(Bits bits) {
+  return bit_cast<F>(bits << 16);
+}
+// fp16: re-bias the exponent by a multiplication, which also normalises denormals; infinity and NaN keep a full one.
+template <class F, class Bits>
+CEAT_HD F from_half(Bits bits) {
+  const Bits magnitude = (bits & 0x7fff) << 13;
+  const Bits rescaled = bit_cast<Bits>(bit_cast<F>(magnitude) * 0x1p112f);
+  const Bits full = magnitude >= 0x0f800000u ? Bits{} + 0x7f800000u : Bits{};
+  return bit_cast<F>(rescaled | full | (bits & 0x8000) << 16);
+}
+
+template <class T>
+CEAT_HD T widen(float x) {
+  return T(x);
+}
+template <class T>
+CEAT_HD T widen(double x) {
+  return T(x);
+}
+template <class T>
+CEAT_HD T widen(BFloat16 x) {
+  return T(from_bfloat16<float>(uint32_t(x.bits)));
+}
+template <class T>
+CEAT_HD T widen(Half x) {
+  return T(from_half<float>(uint32_t(x.bits)));
+}
+
+// A vector of elements.
+typedef uint32_t WideBits __attribute__((vector_size(kVecBytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
+
+CEAT_HD VecF load_wide(const float* from) { return load<VecF>(from); }
+CEAT_HD VecD load_wide(const double* from) { return load<VecD>(from); }
+CEAT_HD VecF load_wide(const BFloat16* from) {
+  return from_bfloat16<VecF>(__builtin_convertvector(load<HalfBits>(from), WideBits));
+}
+CEAT_HD VecF load_wide(const Half* from) {
+  return from_half<VecF>(__builtin_convertvector(load<HalfBits>(from), WideBits));
+}
+
+template <class Out, class T>
+struct Narrow {
+  CEAT_HD Out from(T x) { return Out(x); }
+};
+template <class T>
+struct Narrow<BFloat16, T> {
+  CEAT_HD BFloat16 from(T x) {
+    const uint32_t bits = bit_cast<uint32_t>(float(x));
+    const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return BFloat16{uint16_t(x != x ? 0x7fc0 : nearest_even)};
+  }
+};
+template <class Out, class T>
+CEAT_HD Out narrow(T x) {
+  return Narrow<Out, T>::from(x);
+}
+
+// Half precision is computed in fp32; fp16 gradients leave in fp32 (see ceat_fast/ops/__init__.py).
+template <class In>
+struct TypesOf {
+  using Compute = float;
+  using Gradient = In;
+};
+template <>
+struct TypesOf<double> {
+  using Compute = double;
+  using Gradient = double;
+};
+template <>
+struct TypesOf<Half> {
+  using Compute = float;
+  using Gradient = float;
+};
+
+}  // namespace CEAT_ISA
+}  // namespace ceat

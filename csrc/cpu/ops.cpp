@@ -1,0 +1,196 @@
+// CPU implementations of the ceat_fast ops. Schemas, fake kernels and autograd are in ceat_fast/ops/native.py.
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../tensor.h"
+#include "kernels.h"
+
+namespace {
+
+using namespace ceat_tensor;
+using ceat_cpu::DType;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::Double: return DType::kDouble;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kHalf;
+    default: STD_TORCH_CHECK(false, "tensors must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// Elements that justify waking a second thread, about ten microseconds of work.
+constexpr int64_t kElementsPerThread = 16384;
+// Ranges are handed out in blocks, so that threads share no SIMD tile and write to no common cache line.
+constexpr int64_t kBlock = 16;
+
+// Runs body(begin, end) over [0, count) where each item costs `elements`.
+template <class Body>
+void in_parallel(int64_t count, int64_t elements, const Body& body) {
+  if (count * elements <= kElementsPerThread) return body(0, count);
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (elements * kBlock));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    body(begin * kBlock, std::min(end * kBlock, count));
+  });
+}
+
+const int64_t* checked_labels(const Tensor& target, int64_t classes) {
+  const int64_t* labels = target.const_data_ptr<int64_t>();
+  const int64_t samples = target.size(0);
+  bool valid = true;
+  for (int64_t b = 0; b < samples; ++b) valid &= uint64_t(labels[b]) < uint64_t(classes);
+  STD_TORCH_CHECK(valid, "target holds a label outside [0, ", classes, ")");
+  return labels;
+}
+
+ceat_cpu::Logits logits_of(const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1)};
+}
+
+// (..., B) -> (...), in a fixed order and in double, so that the result depends on neither threads nor SIMD width.
+template <class T>
+void reduce_rows(const T* in, T* out, int64_t rows, int64_t samples, double scale) {
+  for (int64_t m = 0; m < rows; ++m) {
+    double sum = 0;
+    for (int64_t b = 0; b < samples; ++b) sum += in[m * samples + b];
+    out[m] = T(sum * scale);
+  }
+}
+
+enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
+
+double batch_scale(int64_t reduction, int64_t samples) {
+  return reduction == kMean ? 1.0 / double(samples) : 1.0;
+}
+
+Tensor reduce_batch(const Tensor& losses, Tensor out, int64_t rows, int64_t samples, double scale) {
+  if (losses.scalar_type() == ScalarType::Double) {
+    reduce_rows(losses.const_data_ptr<double>(), out.mutable_data_ptr<double>(), rows, samples, scale);
+  } else {
+    reduce_rows(losses.const_data_ptr<float>(), out.mutable_data_ptr<float>(), rows, samples, scale);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ceat_loss(
+    const Tensor& adv_in, const Tensor& nat_in, const Tensor& target_in, double ce_coefficient,
+    double nat_coefficient, double adv_coefficient, double nat_exponent, double adv_exponent, double max_weight,
+    int64_t pair_reduction, int64_t reduction, bool detach_nat, bool need_grad, bool need_parts) {
+  check_logits(adv_in, target_in);
+  check_same(adv_in, nat_in);
+  const Tensor adv = with_contiguous_rows(adv_in), nat = with_contiguous_rows(nat_in);
+  const Tensor target = torch::stable::contiguous(target_in);
+  const int64_t members = adv.size(0), samples = adv.size(1), classes = adv.size(2);
+  const ScalarType loss_dtype = loss_type(adv), grad_dtype = gradient_type(adv);
+
+  Tensor losses = empty(adv, loss_dtype, {members, samples});
+  Tensor adv_grad = need_grad ? empty(adv, grad_dtype, {members, samples, classes}) : empty(adv, grad_dtype, {0});
+  Tensor nat_grad = need_grad ? empty(adv, grad_dtype, {members, samples, classes}) : empty(adv, grad_dtype, {0});
+  Tensor parts = need_parts ? empty(adv, loss_dtype, {7, members, samples}) : empty(adv, loss_dtype, {0});
+
+  const ceat_cpu::CeatProblem problem{
+      dtype_of(adv),
+      {members, samples, classes},
+      logits_of(adv),
+      logits_of(nat),
+      checked_labels(target, classes),
+      {ce_coefficient, nat_coefficient, adv_coefficient, nat_exponent, adv_exponent, max_weight, int(pair_reduction),
+       int(reduction), detach_nat},
+      batch_scale(reduction, samples),
+      losses.data_ptr(),
+      need_grad ? adv_grad.data_ptr() : nullptr,
+      need_grad ? nat_grad.data_ptr() : nullptr,
+      need_parts ? parts.data_ptr() : nullptr,
+  };
+  in_parallel(samples, 2 * members * classes,
+              [&](int64_t begin, int64_t end) { ceat_cpu::kernels().ceat_loss(problem, begin, end); });
+  if (reduction != kNone) {
+    losses = reduce_batch(losses, empty(adv, loss_dtype, {members}), members, samples, problem.scale);
+  }
+  return {losses, adv_grad, nat_grad, parts};
+}
+
+std::tuple<Tensor, Tensor> ensemble_cross_entropy(const Tensor& logits_in, const Tensor& target_in, int64_t reduction,
+                                                  bool need_grad) {
+  check_logits(logits_in, target_in);
+  const Tensor logits = with_contiguous_rows(logits_in);
+  const Tensor target = torch::stable::contiguous(target_in);
+  const int64_t members = logits.size(0), samples = logits.size(1), classes = logits.size(2);
+  const ScalarType loss_dtype = loss_type(logits), grad_dtype = gradient_type(logits);
+
+  Tensor losses = empty(logits, loss_dtype, {samples});
+  Tensor grad =
+      need_grad ? empty(logits, grad_dtype, {members, samples, classes}) : empty(logits, grad_dtype, {0});
+  const ceat_cpu::EnsembleProblem problem{
+      dtype_of(logits),
+      {members, samples, classes},
+      logits_of(logits),
+      checked_labels(target, classes),
+      batch_scale(reduction, samples),
+      losses.data_ptr(),
+      need_grad ? grad.data_ptr() : nullptr,
+  };
+  in_parallel(samples, members * classes,
+              [&](int64_t begin, int64_t end) { ceat_cpu::kernels().ensemble_cross_entropy(problem, begin, end); });
+  if (reduction != kNone) losses = reduce_batch(losses, empty(logits, loss_dtype, {}), 1, samples, problem.scale);
+  return {losses, grad};
+}
+
+Tensor pgd_step(const Tensor& x_adv_in, const Tensor& grad_in, const Tensor& x_in, double alpha, double eps) {
+  const Tensor x_adv = torch::stable::contiguous(x_adv_in), grad = torch::stable::contiguous(grad_in),
+               x = torch::stable::contiguous(x_in);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "x must be float32 or float64");
+  STD_TORCH_CHECK(x_adv.scalar_type() == x.scalar_type(), "x_adv and x must have the same dtype");
+  STD_TORCH_CHECK(x_adv.numel() == x.numel() && grad.numel() == x.numel(), "x_adv, grad and x must have one shape");
+  Tensor next = torch::stable::empty_like(x);
+  const ceat_cpu::PgdProblem problem{dtype_of(x),    dtype_of(grad), x_adv.data_ptr(), grad.data_ptr(),
+                                     x.data_ptr(), alpha,          eps,              next.data_ptr()};
+  in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) { ceat_cpu::kernels().pgd_step(problem, begin, end); });
+  return next;
+}
+
+double element(const Tensor& t, int64_t offset) {
+  return t.scalar_type() == ScalarType::Double ? static_cast<const double*>(t.data_ptr())[offset]
+                                               : double(static_cast<const float*>(t.data_ptr())[offset]);
+}
+
+std::tuple<Tensor, Tensor> scale_gradients(const Tensor& adv_grad, const Tensor& nat_grad, const Tensor& loss_grad) {
+  check_same(adv_grad, nat_grad);
+  STD_TORCH_CHECK(adv_grad.dim() == 3, "gradients must have shape (M, B, K)");
+  STD_TORCH_CHECK(loss_grad.scalar_type() == ScalarType::Float || loss_grad.scalar_type() == ScalarType::Double,
+                  "loss_grad must be float32 or float64");
+  const int64_t members = adv_grad.size(0), samples = adv_grad.size(1), classes = adv_grad.size(2);
+  const bool per_sample = loss_grad.dim() == 2;
+  STD_TORCH_CHECK(loss_grad.size(0) == members && (!per_sample || loss_grad.size(1) == samples),
+                  "loss_grad must have shape (M,) or (M, B)");
+  std::vector<double> factors(members * samples);
+  for (int64_t m = 0; m < members; ++m) {
+    for (int64_t b = 0; b < samples; ++b) {
+      factors[m * samples + b] =
+          element(loss_grad, m * loss_grad.stride(0) + (per_sample ? b * loss_grad.stride(1) : 0));
+    }
+  }
+  const auto scale = [&](const Tensor& in) {
+    const Tensor grad = torch::stable::contiguous(in);
+    Tensor out = empty(grad, grad.scalar_type(), {members, samples, classes});
+    const ceat_cpu::ScaleProblem problem{dtype_of(grad), classes, grad.data_ptr(), factors.data(), out.data_ptr()};
+    in_parallel(members * samples, classes,
+                [&](int64_t begin, int64_t end) { ceat_cpu::kernels().scale_rows(problem, begin, end); });
+    return out;
+  };
+  return {scale(adv_grad), scale(nat_grad)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
+  m.impl("ceat_loss_native", TORCH_BOX(&ceat_loss));
+  m.impl("ensemble_cross_entropy_native", TORCH_BOX(&ensemble_cross_entropy));
+  m.impl("pgd_step_native", TORCH_BOX(&pgd_step));
+  m.impl("scale_gradients_native", TORCH_BOX(&scale_gradients));
+}

@@ -1,0 +1,107 @@
+// How rows of logits are laid over SIMD lanes. One algorithm serves both layouts, because each only says where a class
+// sits and how a per-lane sum becomes the row's sum.
+//
+//   SampleLanes  few classes: a tile is kLanes samples, lane = sample, step = class; sums over steps are row sums.
+//   ClassLanes   many classes: a tile is one sample, lanes run over its classes; row sums add up the lanes.
+//
+// A tile holds one row per sample: `steps` vectors of scalars. Positions that are no class (the end of the last vector
+// in ClassLanes, samples past the end in SampleLanes) add nothing to a row's sums and are never stored.
+#pragma once
+
+#include <limits>
+
+#include "convert.h"
+#include "vec.h"
+
+namespace ceat {
+inline namespace CEAT_ISA {
+
+template <class T>
+struct SampleLanes {
+  using Vec = VecOf<T>;
+  static constexpr int kSamples = kLanes<T>;
+
+  int64_t classes, samples;
+  int64_t labels[kSamples] = {};
+
+  SampleLanes(int64_t classes, int64_t samples, const int64_t* target) : classes(classes), samples(samples) {
+    for (int64_t w = 0; w < samples; ++w) labels[w] = target[w];
+  }
+  static int64_t steps(int64_t classes) { return classes; }
+
+  static Vec row_sum(Vec v) { return v; }
+
+  // Fills the tile and returns the rows' maxima.
+  template <class In>
+  Vec load_row(const In* row, int64_t sample_stride, T* tile) const {
+    for (int64_t w = 0; w < samples; ++w) {
+      for (int64_t k = 0; k < classes; ++k) tile[k * kSamples + w] = widen<T>(row[w * sample_stride + k]);
+    }
+    for (int64_t w = samples; w < kSamples; ++w) {
+      for (int64_t k = 0; k < classes; ++k) tile[k * kSamples + w] = T(0);
+    }
+    Vec largest = load<Vec>(tile);
+    for (int64_t k = 1; k < classes; ++k) largest = max(load<Vec>(tile + k * kSamples), largest);
+    return largest;
+  }
+  template <class Out>
+  void store_row(const T* tile, Out* row) const {
+    for (int64_t w = 0; w < samples; ++w) {
+      for (int64_t k = 0; k < classes; ++k) row[w * classes + k] = narrow<Out>(tile[k * kSamples + w]);
+    }
+  }
+  Vec true_class(const T* tile) const {
+    Vec value;
+    for (int w = 0; w < kSamples; ++w) value[w] = tile[labels[w] * kSamples + w];
+    return value;
+  }
+  void set_true_class(T* tile, Vec value) const {
+    for (int w = 0; w < kSamples; ++w) tile[labels[w] * kSamples + w] = value[w];
+  }
+};
+
+template <class T>
+struct ClassLanes {
+  using Vec = VecOf<T>;
+  static constexpr int kSamples = 1;
+
+  int64_t classes, label;
+  static constexpr int64_t samples = 1;
+
+  ClassLanes(int64_t classes, int64_t, const int64_t* target) : classes(classes), label(*target) {}
+  static int64_t steps(int64_t classes) { return (classes + kLanes<T> - 1) / kLanes<T>; }
+
+  static Vec row_sum(Vec v) {
+    return combine_lanes<T>(v, [](T a, T b) { return a + b; });
+  }
+  static Vec row_max(Vec v) {
+    return combine_lanes<T>(v, [](T a, T b) { return a > b ? a : b; });
+  }
+
+  template <class In>
+  Vec load_row(const In* row, int64_t, T* tile) const {
+    constexpr T kNoClass = -std::numeric_limits<T>::infinity();
+    const int64_t whole = classes / kLanes<T> * kLanes<T>;
+    Vec largest = Vec{} + kNoClass;
+    for (int64_t k = 0; k < whole; k += kLanes<T>) {
+      const Vec z = load_wide(row + k);
+      largest = max(z, largest);
+      store(tile + k, z);
+    }
+    if (whole < classes) {
+      store(tile + whole, Vec{} + kNoClass);
+      for (int64_t k = whole; k < classes; ++k) tile[k] = widen<T>(row[k]);
+      largest = max(load<Vec>(tile + whole), largest);
+    }
+    return row_max(largest);
+  }
+  template <class Out>
+  void store_row(const T* tile, Out* row) const {
+    for (int64_t k = 0; k < classes; ++k) row[k] = narrow<Out>(tile[k]);
+  }
+  Vec true_class(const T* tile) const { return Vec{} + tile[label]; }
+  void set_true_class(T* tile, Vec value) const { tile[label] = value[0]; }
+};
+
+}  // namespace CEAT_ISA
+}  // namespace ceat
