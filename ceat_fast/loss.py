@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ class CEATLoss(nn.Module):
         return_parts: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "lam": lam,
             "mu": mu,
             "lam_exponent": lam_exponent,
@@ -162,7 +163,7 @@ class CEATLoss(nn.Module):
     def forward(self, adv_logits: Logits, nat_logits: Logits, target: Tensor) -> Tensor | tuple[Tensor, CeatParts]:
         """(M,) or (M, B) losses, with the parts if asked for at construction; see `ceat_loss`."""
         loss, parts = _ceat(
-            adv_logits, nat_logits, target, 1.0, *self.settings.values(), self.impl, self.return_parts
+            adv_logits, nat_logits, target, 1.0, **self.settings, impl=self.impl, need_parts=self.return_parts
         )
         return (loss, parts) if parts is not None else loss
 

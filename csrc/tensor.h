@@ -33,6 +33,23 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<
   return Tensor(handle);
 }
 
+// `t` with the strides of the dense tensor `like`, so that both can be walked as one flat array.
+inline Tensor in_layout_of(const Tensor& like, const Tensor& t) {
+  bool same = true;
+  for (int64_t i = 0; i < like.dim(); ++i) same &= like.size(i) == 1 || t.stride(i) == like.stride(i);
+  if (same) return t;
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), like.strides().data(), dtype,
+                                                         device_type, device_index, &handle));
+  Tensor copy(handle);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 // Losses are fp32, or fp64 for fp64 logits.
 inline ScalarType loss_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -75,6 +75,18 @@ def test_pgd_step_lets_nan_through(device: str) -> None:
     assert stepped[2:].tolist() == pytest.approx([0.55, 0.5])
 
 
+def test_pgd_step_keeps_the_memory_format(device: str) -> None:
+    """channels_last stays channels_last; inputs of another layout are rearranged, not misread."""
+    x = torch.rand(2, 3, 4, 5, device=device)
+    x_adv, grad = torch.rand_like(x), torch.randn_like(x)
+    expected = reference.pgd_step(x_adv, grad, x, 0.1, 0.2)
+    last = {"memory_format": torch.channels_last}
+    stepped = native.pgd_step(x_adv, grad.contiguous(**last), x.contiguous(**last), 0.1, 0.2)
+    assert stepped.is_contiguous(**last)
+    assert torch.equal(stepped, expected)
+    assert torch.equal(native.pgd_step(x_adv[:, :, ::2], grad[:, :, ::2], x[:, :, ::2], 0.1, 0.2), expected[:, :, ::2])
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_scale_gradients(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ def _ceat_backward(
 
 class _EagerCeatLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, backend: str, sink: list[Tensor] | None
     ) -> Tensor:
         loss, adv_grad, nat_grad, parts = dispatch.module(backend).ceat_loss(adv, nat, target, settings, True, sink is not None)
@@ -63,7 +63,7 @@ class _EagerCeatLoss(torch.autograd.Function):
 
 class _CeatLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, backend: str, parts: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, adv_grad, nat_grad, parts_out = dispatch.module(backend).ceat_loss(adv, nat, target, settings, True, parts)
@@ -134,7 +134,7 @@ def ceat_loss(
 
 class _EagerEnsembleCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, reduction: int, backend: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, target: Tensor, reduction: int, backend: str) -> Tensor:
         loss, grad = dispatch.module(backend).ensemble_cross_entropy(logits, target, reduction, True)
         ctx.grad, ctx.dtype = grad, logits.dtype
         return loss  # type: ignore[no-any-return]
@@ -147,7 +147,7 @@ class _EagerEnsembleCrossEntropy(torch.autograd.Function):
 
 class _EnsembleCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(logits: Tensor, target: Tensor, reduction: int, backend: str) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(logits: Tensor, target: Tensor, reduction: int, backend: str) -> tuple[Tensor, Tensor]:
         loss, grad = dispatch.module(backend).ensemble_cross_entropy(logits, target, reduction, True)
         return loss, grad
 

@@ -37,7 +37,7 @@ def missing(impl: str, device_type: str) -> str | None:
 
 
 # Compilation must not trace the imports behind this.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_name(impl: str, device_type: str) -> str:
     """The backend that `impl` means on a device type. One asked for by name is that one, or an error."""
     name = _chosen.get((impl, device_type))

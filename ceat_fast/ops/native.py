@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def _load(library: Path, what: str) -> str | None:
     if not library.exists():
         return f"the {what} library was not built"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{library.name} does not load: {error}"
     return None
@@ -42,10 +43,10 @@ def _load_cuda() -> str | None:
 def build_record() -> dict[str, str]:
     """How the libraries were built; empty where nothing was."""
     try:
-        from ceat_fast._lib import _host
+        host = import_module("ceat_fast._lib._host")
     except ImportError:
         return {}
-    return dict(_host.build_record())
+    return dict(host.build_record())
 
 
 def cpu_isa() -> str | None:
@@ -71,16 +72,21 @@ def missing(device_type: str) -> str | None:
 def ceat_loss(
     adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, need_grad: bool, need_parts: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.ceat_fast.ceat_loss_native(adv, nat, target, *settings, need_grad, need_parts)
+    out: tuple[Tensor, Tensor, Tensor, Tensor]
+    out = torch.ops.ceat_fast.ceat_loss_native(adv, nat, target, *settings, need_grad, need_parts)
+    return out
 
 
 def ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int, need_grad: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.ceat_fast.ensemble_cross_entropy_native(logits, target, reduction, need_grad)
+    out: tuple[Tensor, Tensor] = torch.ops.ceat_fast.ensemble_cross_entropy_native(logits, target, reduction, need_grad)
+    return out
 
 
 def pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
-    return torch.ops.ceat_fast.pgd_step_native(x_adv, grad, x, alpha, eps)
+    out: Tensor = torch.ops.ceat_fast.pgd_step_native(x_adv, grad, x, alpha, eps)
+    return out
 
 
 def scale_gradients(adv_grad: Tensor, nat_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.ceat_fast.scale_gradients_native(adv_grad, nat_grad, loss_grad)
+    out: tuple[Tensor, Tensor] = torch.ops.ceat_fast.scale_gradients_native(adv_grad, nat_grad, loss_grad)
+    return out

@@ -63,7 +63,8 @@ def disparity(true_prob: Tensor, pair_reduction: str = "max") -> Tensor:
         peers = torch.cat([true_prob[:m], true_prob[m + 1 :]])
         i, j = torch.triu_indices(members - 1, members - 1, offset=1, device=true_prob.device)
         gaps = (peers[i] - peers[j]).abs()
-        rows.append({"max": gaps.amax, "mean": gaps.mean, "sum": gaps.sum}[pair_reduction](0))
+        reduced = gaps.amax(0) if pair_reduction == "max" else gaps.sum(0)
+        rows.append(reduced / len(i) if pair_reduction == "mean" else reduced)
     return torch.stack(rows)
 
 
@@ -131,5 +132,6 @@ def ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int) -> Te
 
 def pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
     """Clamp x_adv + alpha * sign(grad) to the Linf ball of radius eps around x and to [0, 1]; NaN stays NaN."""
-    step = x_adv + alpha * grad.sign().to(x_adv.dtype)
+    sign = torch.where(grad.isnan(), grad, grad.sign())  # torch.sign(NaN) is 0
+    step = x_adv + alpha * sign.to(x_adv.dtype)
     return torch.minimum(torch.maximum(step, x - eps), x + eps).clamp(0.0, 1.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ceat_fast.ops.reference import REDUCTIONS, CeatSettings, compute_dtype, reduce_batch
+from ceat_fast.ops.schema import define_ops, gradient_dtype
 
 MAX_MEMBERS = 128  # the disparity compares all pairs of members in registers
 
@@ -23,37 +24,20 @@ _MAX_TILE = 8192  # logits of each tensor in one program
 _MIN_TILE = 256
 _FLAT_BLOCK = 1024
 
-torch.library.define(
-    "ceat_fast::ceat_loss_triton",
-    "(Tensor adv, Tensor nat, Tensor target, float ce_coefficient, float nat_coefficient, float adv_coefficient, "
-    "float nat_exponent, float adv_exponent, float max_weight, int pair_reduction, int reduction, bool detach_nat, "
-    "bool need_grad, bool need_parts) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "ceat_fast::ensemble_cross_entropy_triton",
-    "(Tensor logits, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "ceat_fast::pgd_step_triton", "(Tensor x_adv, Tensor grad, Tensor x, float alpha, float eps) -> Tensor"
-)
-torch.library.define(
-    "ceat_fast::scale_gradients_triton",
-    "(Tensor adv_grad, Tensor nat_grad, Tensor loss_grad) -> (Tensor, Tensor)",
-)
+define_ops("triton")
 
 
-def available(device: torch.device | str) -> str | None:
+def missing(device_type: str) -> str | None:
     """None if the ops run on this device, else the reason in one line."""
-    kind = torch.device(device).type
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if kind == "cpu":
+    if device_type == "cpu":
         return None if _INTERPRETED else "triton runs on CPU tensors only with TRITON_INTERPRET=1 set before the import"
-    if kind != "cuda":
-        return f"triton kernels take CUDA tensors, not {kind} tensors"
+    if device_type != "cuda":
+        return f"triton kernels take CUDA tensors, not {device_type} tensors"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    if torch.cuda.get_device_capability(device)[0] < 8:
+    if torch.cuda.get_device_capability()[0] < 8:
         return "the triton kernels need compute capability 8.0 or newer"
     return None
 
@@ -145,8 +129,7 @@ def _check_members(members: int) -> None:
 
 
 def _new_gradient(logits: Tensor, needed: bool) -> Tensor:
-    dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-    return logits.new_empty(logits.shape if needed else (0,), dtype=dtype)
+    return logits.new_empty(logits.shape if needed else (0,), dtype=gradient_dtype(logits.dtype))
 
 
 def _new_ceat_outputs(adv: Tensor, nat: Tensor, need_grad: bool, need_parts: bool) -> tuple[Tensor, ...]:
@@ -240,7 +223,7 @@ def _in_layout_of(out: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
-    out = torch.empty_like(x_adv)  # dense, so one flat index serves all four
+    out = torch.empty_like(x)  # dense, so one flat index serves all four
     size = out.numel()
     with _on_device_of(out):
         _kernels().pgd_step_kernel[(_ceil_div(size, _FLAT_BLOCK),)](
@@ -275,37 +258,11 @@ def _scale_gradients(adv_grad: Tensor, nat_grad: Tensor, loss_grad: Tensor) -> t
     return adv_out, nat_out
 
 
-def _fake_ceat_loss(adv: Tensor, nat: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction, _detach_nat, need_grad, need_parts = rest
-    losses, adv_grad, nat_grad, parts = _new_ceat_outputs(adv, nat, need_grad, need_parts)
-    return reduce_batch(losses, reduction), adv_grad, nat_grad, parts
-
-
-def _fake_ensemble_cross_entropy(
-    logits: Tensor, target: Tensor, reduction: int, need_grad: bool
-) -> tuple[Tensor, Tensor]:
-    losses = logits.new_empty(logits.shape[1], dtype=compute_dtype(logits.dtype))
-    return reduce_batch(losses, reduction), _new_gradient(logits, need_grad)
-
-
-def _fake_pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
-    return torch.empty_like(x_adv)
-
-
-def _fake_scale_gradients(adv_grad: Tensor, nat_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor, Tensor]:
-    return adv_grad.new_empty(adv_grad.shape), nat_grad.new_empty(nat_grad.shape)
-
-
-_DEVICES = ("CUDA", "CPU") if _INTERPRETED else ("CUDA",)
-for _name, _implementation, _fake in (
-    ("ceat_loss", _ceat_loss, _fake_ceat_loss),
-    ("ensemble_cross_entropy", _ensemble_cross_entropy, _fake_ensemble_cross_entropy),
-    ("pgd_step", _pgd_step, _fake_pgd_step),
-    ("scale_gradients", _scale_gradients, _fake_scale_gradients),
+for _op, _implementation in (
+    ("ceat_loss", _ceat_loss),
+    ("ensemble_cross_entropy", _ensemble_cross_entropy),
+    ("pgd_step", _pgd_step),
+    ("scale_gradients", _scale_gradients),
 ):
-    for _device in _DEVICES:
-        torch.library.impl(f"ceat_fast::{_name}_triton", _device)(_implementation)
-    torch.library.register_fake(f"ceat_fast::{_name}_triton")(_fake)
-
-
-missing = available
+    for _device in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+        torch.library.impl(f"ceat_fast::{_op}_triton", _device)(_implementation)

@@ -141,14 +141,14 @@ std::tuple<Tensor, Tensor> ensemble_cross_entropy(const Tensor& logits_in, const
 }
 
 Tensor pgd_step(const Tensor& x_adv_in, const Tensor& grad_in, const Tensor& x_in, double alpha, double eps) {
-  const Tensor x_adv = torch::stable::contiguous(x_adv_in), grad = torch::stable::contiguous(grad_in),
-               x = torch::stable::contiguous(x_in);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+  STD_TORCH_CHECK(x_in.scalar_type() == ScalarType::Float || x_in.scalar_type() == ScalarType::Double,
                   "x must be float32 or float64");
-  STD_TORCH_CHECK(x_adv.scalar_type() == x.scalar_type(), "x_adv and x must have the same dtype");
-  STD_TORCH_CHECK(x_adv.numel() == x.numel() && grad.numel() == x.numel(), "x_adv, grad and x must have one shape");
-  Tensor next = torch::stable::empty_like(x);
-  const ceat_cpu::PgdProblem problem{dtype_of(x),    dtype_of(grad), x_adv.data_ptr(), grad.data_ptr(),
+  STD_TORCH_CHECK(x_adv_in.scalar_type() == x_in.scalar_type(), "x_adv and x must have the same dtype");
+  STD_TORCH_CHECK(x_adv_in.numel() == x_in.numel() && grad_in.numel() == x_in.numel(),
+                  "x_adv, grad and x must have one shape");
+  Tensor next = torch::stable::empty_like(x_in);
+  const Tensor x_adv = in_layout_of(next, x_adv_in), grad = in_layout_of(next, grad_in), x = in_layout_of(next, x_in);
+  const ceat_cpu::PgdProblem problem{dtype_of(x),  dtype_of(grad), x_adv.data_ptr(), grad.data_ptr(),
                                      x.data_ptr(), alpha,          eps,              next.data_ptr()};
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) { ceat_cpu::kernels().pgd_step(problem, begin, end); });
   return next;

@@ -153,7 +153,8 @@ __device__ void store_pack(G* row, int first, int classes, bool vectorised, cons
   }
 }
 
-// Turns the row's logits into e^(z - max). `data` is the row in memory: in registers the true logit would need a search.
+// Turns the logits of the row into e^(z - max). `data` is the row in memory: in registers, finding its true logit would
+// take a search.
 template <class Row>
 __device__ SoftmaxRow<typename Row::V> softmax_of(Row& row, const typename Row::Element* data, int label, int lanes) {
   using V = typename Row::V;
