@@ -91,8 +91,9 @@ CEAT_HD V disparity(const V* h, int members, int m, int pair_reduction) {
       if (i == m) continue;
       low = select(h[i] < low, h[i], low);
       high = select(h[i] > high, h[i], high);
+      result += h[i] - h[i];  // zero, or the NaN that a comparison would hide
     }
-    return high - low;
+    return result + (high - low);
   }
   for (int i = 0; i < members; ++i) {
     if (i == m) continue;

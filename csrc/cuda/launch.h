@@ -56,7 +56,7 @@ struct EnsembleArgs {
 };
 const char* launch_ensemble_cross_entropy(DType dtype, const EnsembleArgs& args, void* stream);
 
-// Contiguous, `count` elements each; x_adv, x and next in x_type (kFloat or kDouble).
+// Dense, of one layout, `count` elements each; x_adv, x and next in x_type (kFloat or kDouble).
 struct PgdArgs {
   DType x_type, grad_type;
   const void *x_adv, *grad, *x;

@@ -152,10 +152,9 @@ Tensor pgd_step(const Tensor& x_adv_in, const Tensor& grad_in, const Tensor& x_i
   check_device(x_adv_in, x_in, "x_adv");
   check_device(grad_in, x_in, "grad");
   const DeviceGuard guard(x_in.get_device_index());
-  const Tensor x_adv = torch::stable::contiguous(x_adv_in), grad = torch::stable::contiguous(grad_in),
-               x = torch::stable::contiguous(x_in);
-  Tensor next = torch::stable::empty_like(x);
-  if (x.numel() == 0) return next;
+  Tensor next = torch::stable::empty_like(x_in);
+  if (next.numel() == 0) return next;
+  const Tensor x_adv = in_layout_of(next, x_adv_in), grad = in_layout_of(next, grad_in), x = in_layout_of(next, x_in);
   const PgdArgs args{dtype_of(x),           dtype_of(grad),           x_adv.const_data_ptr(),
                      grad.const_data_ptr(), x.const_data_ptr(),       next.mutable_data_ptr(),
                      x.numel(),             alpha,                    eps};

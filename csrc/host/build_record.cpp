@@ -1,6 +1,8 @@
 // How the native parts were built, for ceat_fast.build_info(). No torch headers: this module loads on its own.
 #include <pybind11/pybind11.h>
 
+#include "build_record.h"
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
