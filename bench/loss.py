@@ -67,11 +67,7 @@ def vectorised_loss(adv: Tensor, nat: Tensor, target: Tensor) -> Tensor:
     onehot = F.one_hot(target, classes).to(adv.dtype)
     nat_distance = (nat_prob - onehot).square().sum(-1)
     adv_distance = (adv_prob - nat_prob).square().sum(-1)
-    loss = (
-        ce
-        + LAM * (LAM * spread(nat_prob)).exp() * nat_distance
-        + MU * (MU * spread(adv_prob)).exp() * adv_distance
-    )
+    loss = ce + LAM * (LAM * spread(nat_prob)).exp() * nat_distance + MU * (MU * spread(adv_prob)).exp() * adv_distance
     return loss.mean(-1).sum()
 
 

@@ -1,9 +1,9 @@
 """Collaborative ensemble adversarial training (CEAT) in PyTorch: exact, fused and fast.
 
-    from ceat_fast.loss import CEATLoss         the loss, in a training loop of your own
-    from ceat_fast import Ensemble              members in one batched pass
-    from ceat_fast.attacks import PGD           attacks on an ensemble, its members, or any model
-    ceat-fast train | evaluate | info           the command line
+from ceat_fast.loss import CEATLoss         the loss, in a training loop of your own
+from ceat_fast import Ensemble              members in one batched pass
+from ceat_fast.attacks import PGD           attacks on an ensemble, its members, or any model
+ceat-fast train | evaluate | info           the command line
 """
 
 from __future__ import annotations

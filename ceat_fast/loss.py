@@ -188,9 +188,7 @@ def disparity(true_prob: Tensor, pair_reduction: str = "max") -> Tensor:
     return reference.disparity(true_prob, pair_reduction)
 
 
-def ensemble_cross_entropy(
-    logits: Logits, target: Tensor, *, reduction: str = "mean", impl: str = "auto"
-) -> Tensor:
+def ensemble_cross_entropy(logits: Logits, target: Tensor, *, reduction: str = "mean", impl: str = "auto") -> Tensor:
     """Cross-entropy of the mean member probability (eq. 1), finite where log(mean(p)) is not.
 
     Args:
@@ -322,8 +320,8 @@ def _check_overflow(
     log_weight = min(exponent * largest if peers >= 2 else 0.0, math.log(cap))
     if log_weight + math.log(max(coefficient, 1.0)) > _MAX_LOG_WEIGHT:
         raise ValueError(
-            f"{name}={coefficient:g} with exponent {exponent:g}, pair_reduction={pair_reduction!r} and M={members} allows "
-            f"weights up to {name} * exp({exponent * largest:g}), which overflow fp32. "
+            f"{name}={coefficient:g} with exponent {exponent:g}, pair_reduction={pair_reduction!r} and M={members} "
+            f"allows weights up to {name} * exp({exponent * largest:g}), which overflow fp32. "
             f'Use pair_reduction="max" or "mean", a smaller {name} or {name}_exponent, or set max_weight.'
         )
 
@@ -342,7 +340,9 @@ def _stack(name: str, logits: Logits) -> Tensor:
 
 def _stack_members(name: str, members: Sequence[Tensor]) -> Tensor:
     if not isinstance(members, Sequence) or not all(isinstance(z, Tensor) for z in members):
-        raise TypeError(f"{name} must be a tensor (M, B, K) or a sequence of M tensors (B, K), got {type(members).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor (M, B, K) or a sequence of M tensors (B, K), got {type(members).__name__}"
+        )
     if not members:
         raise ValueError(f"{name} must hold at least one member, got an empty sequence")
     shapes, dtypes = {tuple(z.shape) for z in members}, {z.dtype for z in members}

@@ -1,6 +1,7 @@
 // Row arithmetic of the losses, shared by the CPU and CUDA kernels, so that CPU tests check what the GPU runs.
 //
-// V is a float or double on the device (one row per thread, or one slice of a row per lane) and a SIMD vector on the host.
+// V is a float or double on the device (one row per thread, or one slice of a row per lane) and a SIMD vector on the
+// host.
 //
 // Notation for one sample, one member: z logits, y the label, e_k = exp(z_k - max z), other = sum of e_k over k != y,
 // s = other + e_y, p = e / s. Nothing below subtracts nearly equal numbers, because the residual of a row,
@@ -61,10 +62,10 @@ CEAT_HD SoftmaxRow<V> softmax_row(V max, V true_logit, V true_exp, V other) {
 // Sums over the classes of one member's pair of rows. Accumulate over k != y, then add the true class.
 template <class V>
 struct DistanceSums {
-  V nat;   // sum a^2
-  V adv;   // sum d^2
-  V db;    // sum d b
-  V da;    // sum d a
+  V nat;  // sum a^2
+  V adv;  // sum d^2
+  V db;   // sum d b
+  V da;   // sum d a
 
   CEAT_HD DistanceSums zero() { return DistanceSums{V{}, V{}, V{}, V{}}; }
 };
@@ -119,12 +120,12 @@ CEAT_HD V exponential_weight(V disparity, double exponent, double max_weight) {
 // What the gradient of one member's pair of rows needs besides the residuals; the batch average is folded in.
 template <class V>
 struct GradientRow {
-  V ce;              // coefficient of b_k
-  V nat, adv;        // 2 * coefficient * weight of the two distances
-  V adv_to_nat;      // adv, or 0 where the clean probabilities are detached
-  V nat_shift;       // a_y + sum a^2
-  V adv_shift;       // d_y + sum d b
-  V cross_shift;     // d_y + sum d a
+  V ce;           // coefficient of b_k
+  V nat, adv;     // 2 * coefficient * weight of the two distances
+  V adv_to_nat;   // adv, or 0 where the clean probabilities are detached
+  V nat_shift;    // a_y + sum a^2
+  V adv_shift;    // d_y + sum d b
+  V cross_shift;  // d_y + sum d a
 };
 
 template <class V>

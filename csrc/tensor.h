@@ -28,8 +28,8 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), size, strides, code, device_type,
-                                                         device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), size, strides, code, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -69,8 +69,8 @@ inline void check_logits(const Tensor& logits, const Tensor& target) {
   STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(1), "target must have shape (B,) = (",
                   logits.size(1), ",)");
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64");
-  STD_TORCH_CHECK(logits.size(0) >= 1 && logits.size(2) >= 2, "logits (M, B, K) need M >= 1 and K >= 2, got M = ",
-                  logits.size(0), ", K = ", logits.size(2));
+  STD_TORCH_CHECK(logits.size(0) >= 1 && logits.size(2) >= 2,
+                  "logits (M, B, K) need M >= 1 and K >= 2, got M = ", logits.size(0), ", K = ", logits.size(2));
 }
 
 inline void check_same(const Tensor& a, const Tensor& b) {

@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def runnable_backends() -> list[tuple[str, str]]:
     """(impl, device) pairs that run on this machine; the list grows by itself where there is a GPU."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [(impl, device) for device in devices for impl in dispatch.BACKENDS if dispatch.missing(impl, device) is None]
+    return [
+        (impl, device) for device in devices for impl in dispatch.BACKENDS if dispatch.missing(impl, device) is None
+    ]
 
 
 @pytest.fixture(params=runnable_backends(), ids="-".join)

@@ -49,7 +49,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-# M: no peers (1, 2), the paper's 3, an even number, the most that is promised. K: smallest, odd, CIFAR-10, just past the
+# M: no peers (1, 2), the paper's 3, an even number, the most that is promised. K: smallest, odd, CIFAR-10, past the
 # class count up to which CPU lanes hold samples, no multiple of a vector.
 SHAPES = [(1, 3, 10), (2, 3, 10), (3, 1, 2), (3, 9, 10), (4, 2, 3), (5, 17, 33), (16, 2, 5), (3, 2, 101)]
 
@@ -191,9 +191,7 @@ def test_no_worse_than_torch_plus_one_rounding(
     options = {"lam": lam, "mu": mu}
 
     def run(impl: str, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return value_and_grads(
-            lambda a, n: ceat_loss(a, n, target, **options, reduction="none", impl=impl), *leaves
-        )
+        return value_and_grads(lambda a, n: ceat_loss(a, n, target, **options, reduction="none", impl=impl), *leaves)
 
     truth = run("torch", adv.double(), nat.double())
     _, parts = ceat_loss(adv.double(), nat.double(), target, **options, impl="torch", return_parts=True)

@@ -128,7 +128,7 @@ def test_compiled_transform_keeps_the_gradient(device: str) -> None:
 
 
 def test_func_grad_and_vmap(device: str) -> None:
-    adv, nat, target = batch(device)
+    adv, nat, _ = batch(device)
     many = torch.randn(4, *adv.shape, device=device)
     targets = torch.randint(0, 4, (4, 5), device=device)
 

@@ -46,9 +46,17 @@ def _ceat_backward(
 class _EagerCeatLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, backend: str, sink: list[Tensor] | None
+        ctx: Any,
+        adv: Tensor,
+        nat: Tensor,
+        target: Tensor,
+        settings: CeatSettings,
+        backend: str,
+        sink: list[Tensor] | None,
     ) -> Tensor:
-        loss, adv_grad, nat_grad, parts = dispatch.module(backend).ceat_loss(adv, nat, target, settings, True, sink is not None)
+        loss, adv_grad, nat_grad, parts = dispatch.module(backend).ceat_loss(
+            adv, nat, target, settings, True, sink is not None
+        )
         if sink is not None:
             sink.append(parts)
         ctx.save_for_backward(adv_grad, nat_grad)
@@ -66,7 +74,9 @@ class _CeatLoss(torch.autograd.Function):
     def forward(
         adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, backend: str, parts: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, adv_grad, nat_grad, parts_out = dispatch.module(backend).ceat_loss(adv, nat, target, settings, True, parts)
+        loss, adv_grad, nat_grad, parts_out = dispatch.module(backend).ceat_loss(
+            adv, nat, target, settings, True, parts
+        )
         return loss, parts_out, adv_grad, nat_grad
 
     @staticmethod
@@ -97,8 +107,7 @@ class _CeatLoss(torch.autograd.Function):
         size = info.batch_size
         adv, nat = (_fold(t, dim, size, 1) for t, dim in zip((adv, nat), in_dims[:2], strict=True))
         target = _fold(target, in_dims[2], size, 0)
-        members, total = adv.shape[:2]
-        samples = total // size
+        samples = adv.shape[1] // size
         unreduced = settings._replace(reduction=REDUCTIONS.index("none"))
         loss, parts_out, *grads = _CeatLoss.apply(adv, nat, target, unreduced, backend, parts)
         loss = reduce_batch(loss.unflatten(1, (size, samples)), settings.reduction)

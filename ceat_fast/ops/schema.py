@@ -12,9 +12,7 @@ CEAT_LOSS_SIGNATURE = (
     " float nat_exponent, float adv_exponent, float max_weight, int pair_reduction, int reduction, bool detach_nat,"
     " bool need_grad, bool need_parts) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-ENSEMBLE_CROSS_ENTROPY_SIGNATURE = (
-    "(Tensor logits, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)"
-)
+ENSEMBLE_CROSS_ENTROPY_SIGNATURE = "(Tensor logits, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)"
 PGD_STEP_SIGNATURE = "(Tensor x_adv, Tensor grad, Tensor x, float alpha, float eps) -> Tensor"
 SCALE_GRADIENTS_SIGNATURE = "(Tensor adv_grad, Tensor nat_grad, Tensor loss_grad) -> (Tensor, Tensor)"
 

@@ -23,7 +23,8 @@ using ceat_cpu::Shape;
 // Working memory of one call, aligned for vectors and carved up front to back.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : memory_(std::aligned_alloc(64, round_up(bytes))), next_(static_cast<char*>(memory_)) {
+  explicit Scratch(size_t bytes)
+      : memory_(std::aligned_alloc(64, round_up(bytes))), next_(static_cast<char*>(memory_)) {
     if (memory_ == nullptr) std::abort();
   }
   Scratch(const Scratch&) = delete;
@@ -118,7 +119,7 @@ CEAT_HD void write_samples(const L& layout, V values, T* out) {
 
 template <class L, class V, class T>
 CEAT_HD void write_parts(const L& layout, const MemberState<V>& state, T* out, int64_t stride) {
-  const V parts[] = {state.adv.ce,        state.sums.nat,       state.sums.adv,  state.nat_disparity,
+  const V parts[] = {state.adv.ce,        state.sums.nat,   state.sums.adv,  state.nat_disparity,
                      state.adv_disparity, state.nat_weight, state.adv_weight};
   for (int i = 0; i < 7; ++i) write_samples(layout, parts[i], out + i * stride);
 }
@@ -135,8 +136,8 @@ void ceat_loss(const CeatProblem& p, int64_t begin, int64_t end) {
                        in.max_weight,     in.pair_reduction,  in.reduction,       in.detach_nat};
   const int64_t steps = L::steps(classes), row = steps * kLanes<T>;
 
-  Scratch scratch(2 * Scratch::round_up(members * row * sizeof(T)) +
-                  members * (sizeof(MemberState<V>) + sizeof(V)) + 256);
+  Scratch scratch(2 * Scratch::round_up(members * row * sizeof(T)) + members * (sizeof(MemberState<V>) + sizeof(V)) +
+                  256);
   T* adv_tiles = scratch.take<T>(members * row);
   T* nat_tiles = scratch.take<T>(members * row);
   auto* states = scratch.take<MemberState<V>>(members);
@@ -164,8 +165,8 @@ void ceat_loss(const CeatProblem& p, int64_t begin, int64_t end) {
         write_parts(layout, state, static_cast<T*>(p.parts) + m * samples + b, members * samples);
       }
       if (p.adv_grad != nullptr) {
-        const auto g = gradient_row(s, p.scale, state.nat_weight, state.adv_weight, state.sums,
-                                    state.nat.true_residual, state.adv.true_residual);
+        const auto g = gradient_row(s, p.scale, state.nat_weight, state.adv_weight, state.sums, state.nat.true_residual,
+                                    state.adv.true_residual);
         const int64_t at = (m * samples + b) * classes;
         write_gradients(layout, g, state, adv_tiles + m * row, nat_tiles + m * row, steps,
                         static_cast<Out*>(p.adv_grad) + at, static_cast<Out*>(p.nat_grad) + at);
@@ -286,6 +287,6 @@ void run_scale_rows(const ScaleProblem& p, int64_t begin, int64_t end) {
 #define CEAT_STRING_(a) #a
 #define CEAT_STRING(a) CEAT_STRING_(a)
 
-const ceat_cpu::Kernels ceat_cpu::CEAT_CONCAT(kernels_, CEAT_ISA) = {
-    CEAT_STRING(CEAT_ISA), ceat::run_ceat_loss, ceat::run_ensemble_cross_entropy, ceat::run_pgd_step,
-    ceat::run_scale_rows};
+const ceat_cpu::Kernels ceat_cpu::CEAT_CONCAT(kernels_, CEAT_ISA) = {CEAT_STRING(CEAT_ISA), ceat::run_ceat_loss,
+                                                                     ceat::run_ensemble_cross_entropy,
+                                                                     ceat::run_pgd_step, ceat::run_scale_rows};

@@ -33,9 +33,8 @@ void in_parallel(int64_t count, int64_t elements, const Body& body) {
   if (count * elements <= kElementsPerThread) return body(0, count);
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (elements * kBlock));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    body(begin * kBlock, std::min(end * kBlock, count));
-  });
+  torch::stable::parallel_for(0, blocks, grain,
+                              [&](int64_t begin, int64_t end) { body(begin * kBlock, std::min(end * kBlock, count)); });
 }
 
 const int64_t* checked_labels(const Tensor& target, int64_t classes) {
@@ -47,9 +46,7 @@ const int64_t* checked_labels(const Tensor& target, int64_t classes) {
   return labels;
 }
 
-ceat_cpu::Logits logits_of(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1)};
-}
+ceat_cpu::Logits logits_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
 
 // (..., B) -> (...), in a fixed order and in double, so that the result depends on neither threads nor SIMD width.
 template <class T>
@@ -63,9 +60,7 @@ void reduce_rows(const T* in, T* out, int64_t rows, int64_t samples, double scal
 
 enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
 
-double batch_scale(int64_t reduction, int64_t samples) {
-  return reduction == kMean ? 1.0 / double(samples) : 1.0;
-}
+double batch_scale(int64_t reduction, int64_t samples) { return reduction == kMean ? 1.0 / double(samples) : 1.0; }
 
 Tensor reduce_batch(const Tensor& losses, Tensor out, int64_t rows, int64_t samples, double scale) {
   if (losses.scalar_type() == ScalarType::Double) {
@@ -76,10 +71,12 @@ Tensor reduce_batch(const Tensor& losses, Tensor out, int64_t rows, int64_t samp
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ceat_loss(
-    const Tensor& adv_in, const Tensor& nat_in, const Tensor& target_in, double ce_coefficient,
-    double nat_coefficient, double adv_coefficient, double nat_exponent, double adv_exponent, double max_weight,
-    int64_t pair_reduction, int64_t reduction, bool detach_nat, bool need_grad, bool need_parts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> ceat_loss(const Tensor& adv_in, const Tensor& nat_in,
+                                                     const Tensor& target_in, double ce_coefficient,
+                                                     double nat_coefficient, double adv_coefficient,
+                                                     double nat_exponent, double adv_exponent, double max_weight,
+                                                     int64_t pair_reduction, int64_t reduction, bool detach_nat,
+                                                     bool need_grad, bool need_parts) {
   check_logits(adv_in, target_in);
   check_same(adv_in, nat_in);
   const Tensor adv = with_contiguous_rows(adv_in), nat = with_contiguous_rows(nat_in);
@@ -123,8 +120,7 @@ std::tuple<Tensor, Tensor> ensemble_cross_entropy(const Tensor& logits_in, const
   const ScalarType loss_dtype = loss_type(logits), grad_dtype = gradient_type(logits);
 
   Tensor losses = empty(logits, loss_dtype, {samples});
-  Tensor grad =
-      need_grad ? empty(logits, grad_dtype, {members, samples, classes}) : empty(logits, grad_dtype, {0});
+  Tensor grad = need_grad ? empty(logits, grad_dtype, {members, samples, classes}) : empty(logits, grad_dtype, {0});
   const ceat_cpu::EnsembleProblem problem{
       dtype_of(logits),
       {members, samples, classes},
@@ -148,8 +144,8 @@ Tensor pgd_step(const Tensor& x_adv_in, const Tensor& grad_in, const Tensor& x_i
                   "x_adv, grad and x must have one shape");
   Tensor next = torch::stable::empty_like(x_in);
   const Tensor x_adv = in_layout_of(next, x_adv_in), grad = in_layout_of(next, grad_in), x = in_layout_of(next, x_in);
-  const ceat_cpu::PgdProblem problem{dtype_of(x),  dtype_of(grad), x_adv.data_ptr(), grad.data_ptr(),
-                                     x.data_ptr(), alpha,          eps,              next.data_ptr()};
+  const ceat_cpu::PgdProblem problem{
+      dtype_of(x), dtype_of(grad), x_adv.data_ptr(), grad.data_ptr(), x.data_ptr(), alpha, eps, next.data_ptr()};
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) { ceat_cpu::kernels().pgd_step(problem, begin, end); });
   return next;
 }

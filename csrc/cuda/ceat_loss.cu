@@ -18,8 +18,8 @@ __device__ V row_loss(const CeatSettings& s, const RowParts<V>& parts) {
 
 template <class V>
 __device__ void store_parts(V* parts, int64_t row, int64_t rows, const RowParts<V>& values, bool labelled) {
-  const V ordered[] = {values.ce,            values.nat,        values.adv,       values.nat_disparity,
-                       values.adv_disparity, values.nat_weight, values.adv_weight};
+  const V ordered[] = {values.ce,         values.nat,       values.adv, values.nat_disparity, values.adv_disparity,
+                       values.nat_weight, values.adv_weight};
 #pragma unroll
   for (int i = 0; i < 7; ++i) parts[i * rows + row] = labelled ? ordered[i] : V(NAN);
 }

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kThreads) scale_gradients_kernel(const ScaleAr
   const int packs = args.shape.classes / kPack;
   for (int64_t row = first_item() / lanes; row < rows; row += item_stride() / lanes) {
     const int64_t member = row / args.shape.batch, sample = row % args.shape.batch;
-    const V factor =
-        static_cast<const V*>(args.loss_grad)[member * args.member_stride + sample * args.sample_stride];
+    const V factor = static_cast<const V*>(args.loss_grad)[member * args.member_stride + sample * args.sample_stride];
     for (int k = int(threadIdx.x) % lanes; k < packs; k += lanes) {
       const int64_t i = row * packs + k;
       const auto adv = static_cast<const Packed*>(args.adv_grad)[i], nat = static_cast<const Packed*>(args.nat_grad)[i];

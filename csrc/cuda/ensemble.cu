@@ -14,8 +14,7 @@ __device__ void store_gradient(const Row& row, const SoftmaxRow<V>& softmax, V f
     V values[kVector];
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const V residual =
-          row.class_of(i + j) == label ? softmax.true_residual : row.exp(i + j) * softmax.inv_sum;
+      const V residual = row.class_of(i + j) == label ? softmax.true_residual : row.exp(i + j) * softmax.inv_sum;
       values[j] = label < 0 ? V(0) : factor * residual;
     }
     store_pack(grad, row.class_of(i), classes, vectorised, values);
@@ -25,8 +24,7 @@ __device__ void store_gradient(const Row& row, const SoftmaxRow<V>& softmax, V f
 // Shared memory: the members' cross-entropies, later their shares, and true-class residuals, (samples, M) each; then
 // the losses, (samples,).
 template <class Row>
-__global__ void __launch_bounds__(Row::kMaxThreads, 1)
-    ensemble_kernel(const EnsembleArgs args, const bool vectorised) {
+__global__ void __launch_bounds__(Row::kMaxThreads, 1) ensemble_kernel(const EnsembleArgs args, const bool vectorised) {
   using T = typename Row::Element;
   using V = typename Row::V;
   using G = Gradient<T>;

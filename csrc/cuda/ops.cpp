@@ -68,10 +68,11 @@ double batch_scale(int64_t reduction, int64_t batch) {
   return reduction == ceat::kBatchMean ? 1.0 / double(batch) : 1.0;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ceat_loss(
-    const Tensor& adv_in, const Tensor& nat_in, const Tensor& target, double ce_coefficient, double nat_coefficient,
-    double adv_coefficient, double nat_exponent, double adv_exponent, double max_weight, int64_t pair_reduction,
-    int64_t reduction, bool detach_nat, bool need_grad, bool need_parts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> ceat_loss(const Tensor& adv_in, const Tensor& nat_in, const Tensor& target,
+                                                     double ce_coefficient, double nat_coefficient,
+                                                     double adv_coefficient, double nat_exponent, double adv_exponent,
+                                                     double max_weight, int64_t pair_reduction, int64_t reduction,
+                                                     bool detach_nat, bool need_grad, bool need_parts) {
   check_logits(adv_in, target);
   check_same(adv_in, nat_in);
   check_device(target, adv_in, "target");
@@ -155,9 +156,15 @@ Tensor pgd_step(const Tensor& x_adv_in, const Tensor& grad_in, const Tensor& x_i
   Tensor next = torch::stable::empty_like(x_in);
   if (next.numel() == 0) return next;
   const Tensor x_adv = in_layout_of(next, x_adv_in), grad = in_layout_of(next, grad_in), x = in_layout_of(next, x_in);
-  const PgdArgs args{dtype_of(x),           dtype_of(grad),           x_adv.const_data_ptr(),
-                     grad.const_data_ptr(), x.const_data_ptr(),       next.mutable_data_ptr(),
-                     x.numel(),             alpha,                    eps};
+  const PgdArgs args{dtype_of(x),
+                     dtype_of(grad),
+                     x_adv.const_data_ptr(),
+                     grad.const_data_ptr(),
+                     x.const_data_ptr(),
+                     next.mutable_data_ptr(),
+                     x.numel(),
+                     alpha,
+                     eps};
   check_launch(launch_pgd_step(args, current_stream(x)), "pgd_step");
   return next;
 }
@@ -172,9 +179,9 @@ std::tuple<Tensor, Tensor> scale_gradients(const Tensor& adv_grad_in, const Tens
                   "loss_grad must be float64 for float64 gradients, else float32");
   const Shape shape = shape_of(adv_grad_in);
   const bool per_sample = loss_grad.dim() == 2;
-  STD_TORCH_CHECK((per_sample ? loss_grad.size(1) == shape.batch : loss_grad.dim() == 1) &&
-                      loss_grad.size(0) == shape.members,
-                  "loss_grad must have shape (M,) or (M, B)");
+  STD_TORCH_CHECK(
+      (per_sample ? loss_grad.size(1) == shape.batch : loss_grad.dim() == 1) && loss_grad.size(0) == shape.members,
+      "loss_grad must have shape (M,) or (M, B)");
   const DeviceGuard guard(adv_grad_in.get_device_index());
   const Tensor adv_grad = torch::stable::contiguous(adv_grad_in), nat_grad = torch::stable::contiguous(nat_grad_in);
   Tensor adv_out = torch::stable::empty_like(adv_grad), nat_out = torch::stable::empty_like(nat_grad);

@@ -1,0 +1,144 @@
+"""The command line: train, resume, evaluate, report, info, and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from ceat_fast.cli import main
+from ceat_fast.training import load_config
+
+
+def linear(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+
+CONFIG = f"""
+models: ["{__name__}:linear", "{__name__}:linear", "{__name__}:linear"]
+method: {{class_path: CEAT, init_args: {{lam: 5.0, mu: 1.0, impl: torch}}}}
+data: {{name: digits, train_images: 64}}
+attack: {{eps: 0.1, alpha: 0.05, steps: 1}}
+evaluation: {{eps: 0.1, alpha: 0.05, steps: 2}}
+optimizer: {{milestones: []}}
+epochs: 1
+device: cpu
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The single line with which `argv` is refused."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ceat-fast: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_train_evaluate_report(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = ["--config", config, "--out", str(run), "--method.mu", "2", "--optimizer.lr", "0.05"]
+    assert main(["train", *options]) == 0
+    assert f"next: ceat-fast evaluate {run}" in capsys.readouterr().out
+    stored = load_config(run / "config.yaml")
+    assert stored.method.settings["lam"] == 5.0
+    assert stored.method.settings["mu"] == 2.0
+    assert stored.optimizer.lr == 0.05
+    assert stored.epochs == 1
+
+    assert main(["train", *options, "--epochs", "2", "--resume", "true"]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--attack.steps", "3", "--images", "50", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert all(text in table for text in ("clean", "PGD-3", "ensemble", "member 2"))
+    tree = json.loads((run / "evaluation.json").read_text())
+    assert tree["attacks"]["PGD-3"]["eps"] == 0.1  # what is not given comes from the run
+    assert {score["total"] for score in tree["scores"]} == {50}
+
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html"), "--device", "cpu"]) == 0
+    assert "CEAT(lam=5, mu=2)" in (tmp_path / "report.html").read_text()
+
+
+def test_info_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("native", "triton", "torch", "python", "threads"))
+
+
+def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--optimizer.lr" in text
+    assert "learning rate after warm-up" in text
+    assert "default: 0.01" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "CAET"], "did you mean 'CEAT'?"),
+        (["--method", "ceat"], "did you mean 'CEAT'?"),
+        (["--method.lamb", "3"], "did you mean 'lam'?"),
+        (["--optimizer.lt", "3"], "did you mean 'optimizer.lr'?"),
+        (["--epoch", "3"], "did you mean 'epochs'?"),
+        (["--epochs", "many"], 'Parser key "epochs"'),
+        (["--data.name", "cifar"], "did you mean 'cifar10'?"),
+        (["--data.name", "digits", "--models", "[resnet21]"], "unknown model 'resnet21' (did you mean 'resnet"),
+        (["--attack.eps", "8/0"], "eps must be a number or a fraction such as '8/255', got '8/0'"),
+        (["--method.lam=-1"], "lam must be finite and at least 0"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_wrong_train_options_are_one_line(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failure(capsys, "train", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_keys_in_a_config_file_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("optimizer: {lt: 0.1}\n")
+    assert "did you mean 'optimizer.lr'?" in failure(capsys, "train", "--config", str(path))
+    path.write_text("!!python/object/apply:os.system ['true']\n")
+    failure(capsys, "train", "--config", str(path))
+
+
+def test_an_existing_run_is_not_overwritten(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "--resume true" in failure(capsys, "train", "--config", config, "--out", str(tmp_path / "run"))
+
+
+def test_evaluate_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run folder" in failure(capsys, "evaluate", str(tmp_path))
+
+
+def test_no_command_and_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train" in failure(capsys)
+    assert "did you mean 'train'?" in failure(capsys, "trian")
+
+
+def test_the_traceback_is_there_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CEAT_FAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        main(["evaluate", "nowhere"])
