@@ -1,0 +1,8 @@
+"""Image data sets held in memory as uint8, and their batches."""
+
+from __future__ import annotations
+
+from ceat_fast.data.batches import AUGMENTATIONS, iterate_batches
+from ceat_fast.data.datasets import DATASETS, Dataset, load_dataset
+
+__all__ = ["AUGMENTATIONS", "DATASETS", "Dataset", "iterate_batches", "load_dataset"]

@@ -1,0 +1,126 @@
+"""An ensemble as one module (eq. 1 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ceat_fast.choices import require_choice
+from ceat_fast.ensemble.group import MemberGroup, group_members
+from ceat_fast.ops import reference
+
+BACKENDS = ("auto", "vmap", "loop")
+AVERAGES = ("prob", "logit")
+
+
+class Ensemble(nn.Module):
+    """M members as one classifier: images (B, ...) -> (B, K) log-probabilities of the ensemble.
+
+    Args:
+        members: at least one module, each maps the same inputs to logits (B, K). Kept as `ens.members`; state-dict
+            keys are "members.<m>.<the member's own key>".
+        backend: "vmap" runs members of equal architecture (same classes, attributes and tensor shapes) as one batched
+            module and raises where that is impossible; "loop" runs one after the other; "auto" batches where it is
+            possible and pays. Mixed architectures form several groups; a group of one is called directly.
+        average: "prob" for the mean of the members' probabilities (eq. 1), "logit" for the softmax of the mean logits.
+
+    Members that run batched share storage: their parameters are views into stacked tensors, made on the first batched
+    run. They stay ordinary leaf parameters that any optimizer can train in place. Attributes of a member that are no
+    tensors or submodules (a stride, a momentum) are compared when groups are made; call `regroup()` after changing one.
+    `torch.func` transforms over the parameters replace these by tensors without storage: they need backend="loop".
+
+    Raises:
+        ValueError: no members, an unknown backend or average, or a member with uninitialised (lazy) parameters.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], backend: str = "auto", average: str = "prob") -> None:
+        super().__init__()
+        require_choice("backend", backend, BACKENDS)
+        require_choice("average", average, AVERAGES)
+        members = list(members)
+        if not members:
+            raise ValueError("members must hold at least one module, got none")
+        for index, member in enumerate(members):
+            if any(is_lazy(tensor) for tensor in (*member.parameters(), *member.buffers())):
+                raise ValueError(f"member {index} has uninitialised lazy parameters: run it once on an input before")
+        self.members = nn.ModuleList(members)
+        self.backend = backend
+        self.average = average
+        self._groups: list[MemberGroup] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-probabilities of the ensemble (B, K), fp32 (fp64 for fp64 members); x as in `member_logits`."""
+        return self.combine(self.member_logits(x))
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """Member logits (M, B, K) -> log-probabilities of the ensemble (B, K), fp32 (fp64 for fp64 logits)."""
+        if self.average == "prob":
+            return reference.ensemble_log_prob(logits)
+        return logits.to(reference.compute_dtype(logits.dtype)).mean(0).log_softmax(-1)
+
+    def member_logits(self, x: Tensor, per_member: bool | None = None) -> Tensor:
+        """Logits of every member, (M, B, K), in member order.
+
+        Args:
+            x: one input batch for all members (B, ...), or one for each (M, B, ...).
+            per_member: whether x is one batch per member. None: it is if x has 5 dimensions (image batches with a
+                member dimension in front) and the first has size M; say it for inputs of another rank.
+
+        Raises:
+            ValueError: x has not M batches with `per_member`, or members disagree on K or return no (B, K) tensor.
+            RuntimeError: backend="vmap" and a group cannot run batched; says why.
+        """
+        count = len(self.members)
+        if per_member is None:
+            per_member = x.dim() == 5 and x.shape[0] == count
+        elif per_member and (x.dim() < 2 or x.shape[0] != count):
+            raise ValueError(f"per_member=True needs x of shape ({count}, B, ...), got {tuple(x.shape)}")
+        if self.backend == "loop":
+            rows = x.unbind(0) if per_member else [x] * count
+            return _stack_logits([member(row) for member, row in zip(self.members, rows, strict=True)])
+        outputs: dict[int, Tensor] = {}
+        for group in self._current_groups():
+            whole = len(group.indices) == count
+            inputs = x if whole or not per_member else x[list(group.indices)]
+            output = group.run(inputs, per_member, must_batch=self.backend == "vmap")
+            if whole and isinstance(output, Tensor) and output.dim() == 3:
+                return output
+            outputs.update(zip(group.indices, output, strict=True))
+        return _stack_logits([outputs[index] for index in range(count)])
+
+    def regroup(self) -> None:
+        """Compare the members' architectures anew before the next run."""
+        self._groups = None
+
+    def _current_groups(self) -> list[MemberGroup]:
+        members = list(self.members)
+        if self._groups is None or not _is_current(self._groups, members):
+            self._groups = [MemberGroup(group, [members[i] for i in group]) for group in group_members(members)]
+        return self._groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has storage of its own; it makes its own groups.
+        return {**self.__dict__, "_groups": None}
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}, average={self.average!r}"
+
+
+def _is_current(groups: Sequence[MemberGroup], members: Sequence[nn.Module]) -> bool:
+    grouped = {index: member for group in groups for index, member in zip(group.indices, group.members, strict=True)}
+    return grouped == dict(enumerate(members)) and all(group.is_current() for group in groups)
+
+
+def _stack_logits(outputs: Sequence[Any]) -> Tensor:
+    for index, output in enumerate(outputs):
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"member {index} must return logits (B, K), got {got}")
+    classes = [output.shape[1] for output in outputs]
+    if len(set(classes)) > 1:
+        raise ValueError(f"members must have the same number of classes, got {classes}")
+    return torch.stack(list(outputs))

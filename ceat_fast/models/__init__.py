@@ -1,0 +1,66 @@
+"""Models by name: `build_model("resnet20", num_classes=10)`, or a function of your own as "module:function"."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+
+from ceat_fast.choices import unknown_name
+from ceat_fast.models.resnet import ResNet, digits_resnet, resnet20, resnet26, resnet32
+
+__all__ = [
+    "MODELS",
+    "ResNet",
+    "build_model",
+    "digits_resnet",
+    "resnet20",
+    "resnet26",
+    "resnet32",
+]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet20": resnet20,
+    "resnet26": resnet26,
+    "resnet32": resnet32,
+    "digits_resnet": digits_resnet,
+}
+
+
+def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Build a freshly initialised model that maps images (B, in_channels, H, W) in [0, 1] to logits (B, num_classes).
+
+    Args:
+        name: a key of `MODELS`, or "package.module:function" for your own, which is imported and called as
+            `function(num_classes=..., in_channels=...)`; the import runs that module's code.
+        num_classes: K, at least 2.
+        in_channels: C, at least 1.
+
+    Raises:
+        ValueError: unknown name (names the nearest one), or a "module:function" that is not there.
+        TypeError: the function is not callable, or returned something else than an `nn.Module`.
+    """
+    model = _factory(name)(num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model {name!r} must return an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    if name in MODELS:
+        return MODELS[name]
+    if ":" not in name:
+        raise ValueError(unknown_name("model", name, MODELS) + '; for your own write "module:function"')
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module exists, one of its own imports does not
+        raise ValueError(f"model {name!r}: no module named {error.name!r} can be imported") from error
+    except AttributeError as error:
+        raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}") from error
+    if not callable(factory):
+        raise TypeError(f"model {name!r}: {attribute!r} is not callable")
+    return factory

@@ -1,0 +1,347 @@
+"""The trainer: what a step does, resume, run folders, metrics and typed settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ceat_fast.data import Dataset, load_dataset
+from ceat_fast.ensemble import Ensemble
+from ceat_fast.methods import CEAT, EAT, StepOutput
+from ceat_fast.training import (
+    AttackConfig,
+    DataConfig,
+    NonFiniteLossError,
+    OptimizerConfig,
+    Run,
+    TrainConfig,
+    Trainer,
+    load_config,
+)
+from ceat_fast.training.checkpoint import last_checkpoint
+from ceat_fast.training.config import config_to_yaml
+from ceat_fast.training.metrics import EpochMetrics, histogram
+from ceat_fast.training.run import build_ensemble
+from ceat_fast.training.seeds import stream_seed
+
+
+class Tiny(nn.Module):
+    """BatchNorm and a linear layer: enough for statistics, and fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).flatten(1))
+
+
+def tiny(num_classes: int, in_channels: int) -> nn.Module:
+    assert (num_classes, in_channels) == (10, 1)
+    return Tiny()
+
+
+def tiny_config(out: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "out": str(out),
+        "method": CEAT(impl="torch"),
+        "models": [f"{__name__}:tiny"] * 3,
+        "data": DataConfig("digits", train_images=96),
+        "attack": AttackConfig(eps=0.1, alpha=0.05, steps=2),
+        "evaluation": AttackConfig(eps=0.1, alpha=0.05, steps=2),
+        "optimizer": OptimizerConfig(lr=0.05, milestones=[2]),
+        "epochs": 3,
+        "batch_size": 40,  # 96 images: two full batches and a smaller one
+        "device": "cpu",
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def train(config: TrainConfig, **arguments: Any) -> Trainer:
+    trainer = Trainer(config, console=Console(quiet=True), **arguments)
+    trainer.fit()
+    return trainer
+
+
+def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in records]
+
+
+def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
+    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=OptimizerConfig(lr=0.05, milestones=[])))
+    records = trainer.run.metrics
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["ce"] < 0.8 * records[0]["ce"]
+    assert records[-1]["train_nat_accuracy"] > records[0]["train_nat_accuracy"]
+    last = records[-1]
+    assert sum(last["adv_disparity_histogram"]) == sum(last["nat_disparity_histogram"]) == 96 * 3
+    assert last["adv_weight_max"] == pytest.approx(math.exp(5 * last["adv_disparity_max"]), rel=1e-4)
+    assert 1 <= last["nat_weight"] <= last["nat_weight_max"] <= math.e
+    assert not trainer.ensemble.training
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    first, second = (train(tiny_config(tmp_path / name, epochs=2)) for name in "ab")
+    assert without_time(first.run.metrics) == without_time(second.run.metrics)
+    third = train(tiny_config(tmp_path / "c", epochs=1, seed=1))
+    assert third.run.metrics[0]["loss"] != first.run.metrics[0]["loss"]
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = train(tiny_config(tmp_path / "whole"))
+    train(tiny_config(tmp_path / "parts", epochs=1))
+    resumed = train(tiny_config(tmp_path / "parts", resume=True))
+    assert without_time(resumed.run.metrics) == without_time(whole.run.metrics)
+    for name, tensor in whole.ensemble.state_dict().items():
+        assert torch.equal(tensor, resumed.ensemble.state_dict()[name]), name
+
+
+def test_resume_trains_epochs_again_that_no_checkpoint_holds(tmp_path: Path) -> None:
+    whole = train(tiny_config(tmp_path / "whole"))
+
+    class Crash(Exception):
+        pass
+
+    class CrashingTrainer(Trainer):
+        def _save(self) -> None:
+            super()._save()
+            if self.epochs_done == 2:
+                raise Crash
+
+    config = tiny_config(tmp_path / "crashed", checkpoint_every=2)
+    crashing = CrashingTrainer(config, console=Console(quiet=True))
+    with pytest.raises(Crash):
+        crashing.fit()
+    crashing.run.add_metrics({"epoch": 3, "loss": 123.0})  # finished, but the crash came before its checkpoint
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert without_time(resumed.run.metrics) == without_time(whole.run.metrics)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    finished = train(tiny_config(tmp_path / "run", epochs=1))
+    again = train(tiny_config(tmp_path / "run", epochs=1, resume=True))
+    assert again.run.metrics == finished.run.metrics
+
+
+def test_a_step_is_one_sgd_step_per_member_on_its_own_loss(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path / "run",
+        method=EAT(),
+        epochs=1,
+        batch_size=96,
+        attack=AttackConfig(eps=0.1, alpha=0.05, steps=0, random_start=False),
+        data=DataConfig("digits", train_images=96, augment="none"),
+        optimizer=OptimizerConfig(lr=0.1, momentum=0.0, weight_decay=0.0, milestones=[]),
+    )
+    dataset = load_dataset("digits")
+    images, labels = dataset.train_images[:96].float() / 16, dataset.train_labels[:96]
+    expected = []
+    for member in build_ensemble(config, dataset, torch.device("cpu")).members:
+        nn.functional.cross_entropy(member.train()(images), labels).backward()
+        expected.append(member.fc.weight - 0.1 * member.fc.weight.grad)
+    for member, weight in zip(train(config).ensemble.members, expected, strict=True):
+        torch.testing.assert_close(member.fc.weight, weight, atol=1e-6, rtol=1e-5)
+
+
+def test_the_training_attack_leaves_the_running_statistics_alone(tmp_path: Path) -> None:
+    """One EAT batch updates BatchNorm once, whatever the number of attack steps."""
+    config = tiny_config(tmp_path / "run", method=EAT(), epochs=1, batch_size=96)
+    for member in train(config).ensemble.members:
+        assert member.norm.num_batches_tracked.item() == 1
+
+
+def test_gradients_are_clipped_per_member(tmp_path: Path) -> None:
+    def change(grad_clip: float | None, name: str) -> list[float]:
+        optimizer = OptimizerConfig(lr=0.1, momentum=0.0, weight_decay=0.0, milestones=[], grad_clip=grad_clip)
+        config = tiny_config(tmp_path / name, epochs=1, batch_size=96, optimizer=optimizer)
+        before = build_ensemble(config, load_dataset("digits"), torch.device("cpu"))
+        pairs = zip(train(config).ensemble.members, before.members, strict=True)
+        return [
+            math.sqrt(sum((a - b).square().sum().item() for a, b in zip(x.parameters(), y.parameters(), strict=True)))
+            for x, y in pairs
+        ]
+
+    assert min(change(None, "free")) > 0.1 * 0.05
+    assert change(0.05, "clipped") == pytest.approx([0.1 * 0.05] * 3, rel=1e-4)
+
+
+def test_learning_rate_is_that_of_torch_with_a_linear_warm_up() -> None:
+    settings = OptimizerConfig(lr=0.01, milestones=[75, 95])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [75, 95], 0.1)
+    for epoch in range(120):
+        assert settings.learning_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+    warm = OptimizerConfig(lr=0.4, milestones=[], warmup_epochs=3)
+    assert [warm.learning_rate(epoch) for epoch in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+
+
+def test_members_start_from_streams_of_their_own() -> None:
+    config = tiny_config(Path("unused"))
+    dataset = load_dataset("digits")
+    state = torch.random.get_rng_state()
+    a, b, _c = build_ensemble(config, dataset, torch.device("cpu")).members
+    assert not torch.equal(a.fc.weight, b.fc.weight)
+    pair = build_ensemble(dataclasses.replace(config, models=config.models[:2]), dataset, torch.device("cpu"))
+    assert torch.equal(pair.members[1].fc.weight, b.fc.weight)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert stream_seed(0, "data", 1) != stream_seed(0, "attack", 1) != stream_seed(1, "attack", 1)
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"--resume true.*--out"):
+        Trainer(tiny_config(folder))
+    with pytest.raises(FileExistsError, match="no run"):
+        Trainer(tiny_config(folder, resume=True))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path / "run", epochs=1))
+    changed = tiny_config(
+        tmp_path / "run", resume=True, batch_size=48, attack=AttackConfig(eps=0.2, alpha=0.05, steps=2)
+    )
+    with pytest.raises(ValueError, match=r"other settings.*: attack\.eps, batch_size;"):
+        Trainer(changed)
+
+
+def test_only_the_newest_checkpoint_is_kept_and_it_is_safe_to_load(tmp_path: Path) -> None:
+    trainer = train(tiny_config(tmp_path / "run"))
+    assert [path.name for path in trainer.run.checkpoints.iterdir()] == ["epoch-00003"]
+    path = last_checkpoint(trainer.run.checkpoints)
+    assert path is not None
+    torch.load(path / "state.pt", weights_only=True)
+    ensemble = trainer.run.load_ensemble(load_dataset("digits"), "cpu")
+    for name, tensor in trainer.ensemble.state_dict().items():
+        assert torch.equal(tensor, ensemble.state_dict()[name]), name
+
+
+class Exploding(EAT):
+    """EAT whose member 1 has an infinite loss in the second batch."""
+
+    calls = 0
+
+    def step(self, *arguments: Any) -> StepOutput:
+        self.calls += 1
+        output = super().step(*arguments)
+        factor = torch.ones_like(output.losses)
+        factor[1] = math.inf if self.calls == 2 else 1.0
+        return output._replace(losses=output.losses * factor)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_place(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path / "run", method=Exploding(), batch_size=96, epochs=1))
+    kept = tmp_path / "run" / "checkpoints" / "epoch-00001"
+    config = tiny_config(tmp_path / "run", method=Exploding(), batch_size=96, epochs=3, resume=True)
+    config.method.calls = 1  # type: ignore[attr-defined]
+    with pytest.raises(NonFiniteLossError, match=f"loss inf in epoch 2, batch 1, member 1 .*max_weight.*{kept}"):
+        train(config)
+    assert kept.is_dir()
+    assert [record["epoch"] for record in Run.open(tmp_path / "run").metrics] == [1]
+
+
+def test_labels_out_of_range_are_named_before_training(tmp_path: Path) -> None:
+    digits = load_dataset("digits")
+    labels = digits.train_labels.clone()
+    labels[7] = 10
+    dataset = dataclasses.replace(digits, train_labels=labels)
+    with pytest.raises(ValueError, match=r"label 10 of training image 7 is outside \[0, 10\)"):
+        Trainer(tiny_config(tmp_path / "run"), dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_data_and_members(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(20) % 10
+    dataset = Dataset("mine", images, labels, images, labels, 10, 255.0, "none")
+    members = Ensemble([Tiny(), Tiny()], backend="loop", average="logit")
+    trainer = train(tiny_config(tmp_path / "run", epochs=1), dataset=dataset, ensemble=members)
+    assert trainer.ensemble is members
+    assert len(trainer.run.metrics[0]["loss_members"]) == 2
+
+
+def test_metrics_are_means_over_samples_of_unequal_batches() -> None:
+    metrics = EpochMetrics(lambda logits: logits.softmax(-1).mean(0))
+    right, wrong = [5.0, 0.0], [0.0, 9.0]
+    for ce, logits in (([[1.0, 2.0]], [[right, wrong]]), ([[6.0]], [[right]])):
+        part = torch.tensor(ce)
+        output = StepOutput(part.mean(1), {"ce": part, "adv_disparity": part / 6}, torch.tensor(logits), None)
+        metrics.update(output, torch.zeros(part.shape[1], dtype=torch.int64))
+    result = metrics.result()
+    assert result["loss"] == pytest.approx(3.0)
+    assert result["ce"] == pytest.approx(3.0)
+    assert result["train_adv_accuracy"] == pytest.approx(2 / 3)
+    assert result["adv_disparity_max"] == pytest.approx(1.0)
+    assert "train_nat_accuracy" not in result
+    json.dumps(result, allow_nan=False)
+
+
+def test_histogram_bins() -> None:
+    counts = histogram(torch.tensor([[0.0, 0.24, 0.25], [0.99, 1.0, 3.0]]), bins=4)
+    assert counts.tolist() == [2, 1, 0, 3]
+
+
+def test_a_config_survives_its_yaml(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path / "run", method=CEAT(lam=5.0, mu=1.0, max_weight=20.0), attack=AttackConfig(eps="8/255", alpha="2/255")
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configs_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert len(config.models) == 3
+    assert config.optimizer.learning_rate(config.epochs - 1) == pytest.approx(config.optimizer.lr / 100)
+
+
+def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
+    config = load_config(request.config.rootpath / "configs" / "cifar10_ceat_1_5.yaml")
+    assert config == TrainConfig(out="runs/cifar10_ceat_1_5")
+    assert config.method == CEAT(lam=1.0, mu=5.0)
+    assert (config.models, config.epochs, config.batch_size) == (["resnet20"] * 3, 120, 128)
+    assert (config.attack.eps, config.attack.alpha, config.attack.steps) == (0.031, 0.007, 10)
+    assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.milestones) == (0.01, 0.9, [75, 95])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "epoch"),
+        ("epochs: many", "epochs"),
+        ("epochs: 0", "epochs must be positive"),
+        ("optimizer: {lt: 0.1}", "lt"),
+        ("optimizer: {lr: -1}", "optimizer.lr must be positive"),
+        ("optimizer: {momentum: 1.0}", r"optimizer.momentum must be in \[0, 1\)"),
+        ("optimizer: {milestones: [9, 5]}", "optimizer.milestones must be epochs in rising order"),
+        ("optimizer: {grad_clip: 0}", "optimizer.grad_clip must be positive"),
+        ("attack: {eps: 8/0}", "eps must be a number or a fraction"),
+        ("data: {name: cifar}", "did you mean 'cifar10'"),
+        ("data: {train_images: 0}", "data.train_images must be positive"),
+        ("models: []", "models must be one name per member"),
+        ("method: {class_path: CEAT, init_args: {mu: -5}}", "mu must be finite and at least 0"),
+        ("seed: -1", "seed must be in"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_file_and_the_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
