@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ __all__ = [
 Logits = Tensor | Sequence[Tensor]
 
 _DISTANCE_REDUCTIONS = ("sum", "mean")
-_FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOAT_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 # exp(88.7) is the largest fp32 number; the rest is room for a squared distance and a sum over the batch.
 _MAX_LOG_WEIGHT = 75.0
 
@@ -204,7 +204,8 @@ def ensemble_cross_entropy(logits: Logits, target: Tensor, *, reduction: str = "
     require_choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS.index(reduction)
     logits = _stack("logits", logits)
-    _check_target(target, logits)
+    if not _fits(logits, logits.shape, target):
+        _explain_misfit({"logits": logits}, target)
     if logits.shape[1] == 0:
         return _empty_batch(logits.sum((0, 2)), reduction)
     name = dispatch.backend_name(impl, logits.device.type)
@@ -236,9 +237,10 @@ def _ceat(
     need_parts: bool,
 ) -> tuple[Tensor, CeatParts | None]:
     adv, nat = _stack("adv_logits", adv_logits), _stack("nat_logits", nat_logits)
-    _check_pair(adv, nat)
-    _check_target(target, adv)
-    members, samples, classes = adv.shape
+    shape = adv.shape
+    if not (_fits(adv, shape, target) and nat.shape == shape and nat.dtype == adv.dtype and nat.device == adv.device):
+        _explain_misfit({"adv_logits": adv, "nat_logits": nat}, target)
+    members, samples, classes = shape
     make_settings = _make_settings if torch.compiler.is_compiling() else _cached_settings
     settings = make_settings(
         ce_coefficient, lam, mu, lam_exponent, mu_exponent, pair_reduction, distance_reduction, detach_nat, max_weight,
@@ -327,49 +329,60 @@ def _check_overflow(
 
 
 def _stack(name: str, logits: Logits) -> Tensor:
-    if not isinstance(logits, Tensor):
-        logits = _stack_members(name, logits)
-    if logits.dim() != 3:
-        raise ValueError(f"{name} must have shape (M, B, K), got {tuple(logits.shape)}")
-    if logits.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    if logits.shape[0] < 1 or logits.shape[2] < 2:
-        raise ValueError(f"{name} must have M >= 1 members and K >= 2 classes, got (M, B, K) = {tuple(logits.shape)}")
-    return logits
-
-
-def _stack_members(name: str, members: Sequence[Tensor]) -> Tensor:
-    if not isinstance(members, Sequence) or not all(isinstance(z, Tensor) for z in members):
+    if isinstance(logits, Tensor):
+        return logits
+    if not isinstance(logits, Sequence) or not all(isinstance(z, Tensor) for z in logits):
         raise TypeError(
-            f"{name} must be a tensor (M, B, K) or a sequence of M tensors (B, K), got {type(members).__name__}"
+            f"{name} must be a tensor (M, B, K) or a sequence of M tensors (B, K), got {type(logits).__name__}"
         )
-    if not members:
+    if not logits:
         raise ValueError(f"{name} must hold at least one member, got an empty sequence")
-    shapes, dtypes = {tuple(z.shape) for z in members}, {z.dtype for z in members}
+    shapes, dtypes = {tuple(z.shape) for z in logits}, {z.dtype for z in logits}
     if len(shapes) > 1 or len(dtypes) > 1:
         raise ValueError(f"{name} must agree in shape and dtype, got {sorted(shapes)} and {sorted(map(str, dtypes))}")
-    return torch.stack(list(members))
+    return torch.stack(list(logits))
 
 
-def _check_pair(adv: Tensor, nat: Tensor) -> None:
-    if adv.shape != nat.shape:
-        raise ValueError(
-            f"adv_logits and nat_logits must have the same shape, got {tuple(adv.shape)} and {tuple(nat.shape)}"
-        )
-    if adv.dtype != nat.dtype:
-        raise TypeError(f"adv_logits and nat_logits must have the same dtype, got {adv.dtype} and {nat.dtype}")
-    if adv.device != nat.device:
-        raise ValueError(f"adv_logits and nat_logits must be on the same device, got {adv.device} and {nat.device}")
+def _fits(logits: Tensor, shape: torch.Size, target: Tensor) -> bool:
+    """Whether logits and target can be computed with: everything that `_explain_misfit` explains, in one look."""
+    return (
+        len(shape) == 3
+        and shape[0] >= 1
+        and shape[2] >= 2
+        and logits.dtype in _FLOAT_DTYPES
+        and isinstance(target, Tensor)
+        and target.dtype == torch.int64
+        and target.shape == shape[1:2]
+        and target.device == logits.device
+    )
 
 
-def _check_target(target: Tensor, logits: Tensor) -> None:
+def _explain_misfit(named_logits: dict[str, Tensor], target: Tensor) -> NoReturn:
+    """Raise the error that names what `_fits`, or the comparison of two logits, found wrong."""
+    for name, logits in named_logits.items():
+        if logits.dim() != 3:
+            raise ValueError(f"{name} must have shape (M, B, K), got {tuple(logits.shape)}")
+        if logits.dtype not in _FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+        if logits.shape[0] < 1 or logits.shape[2] < 2:
+            raise ValueError(
+                f"{name} must have M >= 1 members and K >= 2 classes, got (M, B, K) = {tuple(logits.shape)}"
+            )
+    for what in ("shape", "dtype", "device"):
+        values = [getattr(logits, what) for logits in named_logits.values()]
+        if any(value != values[0] for value in values):
+            names, found = " and ".join(named_logits), " and ".join(map(_plain, values))
+            raise (TypeError if what == "dtype" else ValueError)(f"{names} must have the same {what}, got {found}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target must be an int64 tensor of class indices, got {kind}")
     if target.dim() != 1 or target.shape[0] != logits.shape[1]:
         raise ValueError(f"target must have shape (B,) = ({logits.shape[1]},), got {tuple(target.shape)}")
-    if target.device != logits.device:
-        raise ValueError(f"target must be on the device of the logits, {logits.device}, got {target.device}")
+    raise ValueError(f"target must be on the device of the logits, {logits.device}, got {target.device}")
+
+
+def _plain(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
 def _check_labels(target: Tensor, classes: int) -> None:

@@ -34,13 +34,21 @@ def _scaled(backend: str, grads: tuple[Tensor, Tensor], loss_grad: Tensor) -> tu
     return scaled
 
 
-def _ceat_backward(
+def _ceat_gradients(
     backend: str, dtype: torch.dtype, grads: tuple[Tensor, Tensor], loss_grad: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     if loss_grad is None:
         return None, None
     adv_grad, nat_grad = _scaled(backend, grads, loss_grad)
-    return adv_grad.to(dtype), nat_grad.to(dtype)
+    return (adv_grad, nat_grad) if adv_grad.dtype == dtype else (adv_grad.to(dtype), nat_grad.to(dtype))
+
+
+def _ceat_backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    adv_grad, nat_grad = _ceat_gradients(ctx.backend, ctx.dtype, ctx.saved_tensors, loss_grad)
+    return adv_grad, nat_grad, None, None, None, None
+
+
+_guarded_ceat_backward = once_differentiable(_ceat_backward)
 
 
 class _EagerCeatLoss(torch.autograd.Function):
@@ -64,9 +72,9 @@ class _EagerCeatLoss(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ceat_backward(ctx.backend, ctx.dtype, ctx.saved_tensors, loss_grad), None, None, None, None
+        # The decorator's guard takes longer than the rest; it is needed only where a graph of the gradient is built.
+        return (_guarded_ceat_backward if torch.is_grad_enabled() else _ceat_backward)(ctx, loss_grad)
 
 
 class _CeatLoss(torch.autograd.Function):
@@ -90,7 +98,7 @@ class _CeatLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return *_ceat_backward(ctx.backend, ctx.dtype, ctx.saved_tensors, loss_grad), None, None, None, None
+        return _ceat_backward(ctx, loss_grad)
 
     @staticmethod
     def vmap(

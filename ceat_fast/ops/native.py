@@ -59,6 +59,12 @@ def cpu_isa() -> str | None:
 
 
 define_ops("native")
+# The overloads themselves: looking them up takes as long as a small kernel.
+_ceat_loss = torch.ops.ceat_fast.ceat_loss_native.default
+_ensemble_cross_entropy = torch.ops.ceat_fast.ensemble_cross_entropy_native.default
+_pgd_step = torch.ops.ceat_fast.pgd_step_native.default
+_scale_gradients = torch.ops.ceat_fast.scale_gradients_native.default
+
 _MISSING: dict[str, str | None] = {}
 _MISSING["cpu"] = _load(_CPU_LIBRARY, "CPU")
 _MISSING["cuda"] = _load_cuda()
@@ -73,20 +79,20 @@ def ceat_loss(
     adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, need_grad: bool, need_parts: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out: tuple[Tensor, Tensor, Tensor, Tensor]
-    out = torch.ops.ceat_fast.ceat_loss_native(adv, nat, target, *settings, need_grad, need_parts)
+    out = _ceat_loss(adv, nat, target, *settings, need_grad, need_parts)
     return out
 
 
 def ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int, need_grad: bool) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = torch.ops.ceat_fast.ensemble_cross_entropy_native(logits, target, reduction, need_grad)
+    out: tuple[Tensor, Tensor] = _ensemble_cross_entropy(logits, target, reduction, need_grad)
     return out
 
 
 def pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
-    out: Tensor = torch.ops.ceat_fast.pgd_step_native(x_adv, grad, x, alpha, eps)
+    out: Tensor = _pgd_step(x_adv, grad, x, alpha, eps)
     return out
 
 
 def scale_gradients(adv_grad: Tensor, nat_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = torch.ops.ceat_fast.scale_gradients_native(adv_grad, nat_grad, loss_grad)
+    out: tuple[Tensor, Tensor] = _scale_gradients(adv_grad, nat_grad, loss_grad)
     return out

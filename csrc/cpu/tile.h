@@ -34,20 +34,28 @@ struct SampleLanes {
   // Fills the tile and returns the rows' maxima.
   template <class In>
   Vec load_row(const In* row, int64_t sample_stride, T* tile) const {
-    for (int64_t w = 0; w < samples; ++w) {
-      for (int64_t k = 0; k < classes; ++k) tile[k * kSamples + w] = widen<T>(row[w * sample_stride + k]);
+    Vec largest = Vec{} - std::numeric_limits<T>::infinity();
+    for (int64_t k = 0; k < classes; ++k) {
+      Vec z{};
+      if (samples == kSamples) {
+        for (int w = 0; w < kSamples; ++w) z[w] = widen<T>(row[w * sample_stride + k]);
+      } else {
+        for (int w = 0; w < samples; ++w) z[w] = widen<T>(row[w * sample_stride + k]);
+      }
+      largest = max(z, largest);
+      store(tile + k * kSamples, z);
     }
-    for (int64_t w = samples; w < kSamples; ++w) {
-      for (int64_t k = 0; k < classes; ++k) tile[k * kSamples + w] = T(0);
-    }
-    Vec largest = load<Vec>(tile);
-    for (int64_t k = 1; k < classes; ++k) largest = max(load<Vec>(tile + k * kSamples), largest);
     return largest;
   }
   template <class Out>
   void store_row(const T* tile, Out* row) const {
-    for (int64_t w = 0; w < samples; ++w) {
-      for (int64_t k = 0; k < classes; ++k) row[w * classes + k] = narrow<Out>(tile[k * kSamples + w]);
+    for (int64_t k = 0; k < classes; ++k) {
+      const Vec value = load<Vec>(tile + k * kSamples);
+      if (samples == kSamples) {
+        for (int w = 0; w < kSamples; ++w) row[w * classes + k] = narrow<Out>(value[w]);
+      } else {
+        for (int w = 0; w < samples; ++w) row[w * classes + k] = narrow<Out>(value[w]);
+      }
     }
   }
   Vec true_class(const T* tile) const {
@@ -72,10 +80,10 @@ struct ClassLanes {
   static int64_t steps(int64_t classes) { return (classes + kLanes<T> - 1) / kLanes<T>; }
 
   static Vec row_sum(Vec v) {
-    return combine_lanes<T>(v, [](T a, T b) { return a + b; });
+    return Vec{} + fold_lanes<T, kLanes<T>>(v, [](auto a, auto b) { return a + b; });
   }
   static Vec row_max(Vec v) {
-    return combine_lanes<T>(v, [](T a, T b) { return a > b ? a : b; });
+    return Vec{} + fold_lanes<T, kLanes<T>>(v, [](auto a, auto b) { return a > b ? a : b; });
   }
 
   template <class In>

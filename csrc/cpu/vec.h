@@ -133,15 +133,18 @@ CEAT_HD VecD exp_nonpositive(VecD x) { return each_lane<::exp>(x); }
 CEAT_HD VecD exp_any(VecD x) { return each_lane<::exp>(x); }
 CEAT_HD VecD log1p_nonnegative(VecD t) { return each_lane<::log1p>(t); }
 
-// The lanes combined pairwise: short dependency chains, and rounding that does not grow with the number of lanes.
-template <class T, class Combine>
-CEAT_HD VecOf<T> combine_lanes(VecOf<T> v, Combine combine) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+// The lanes of v combined by halves: few instructions, and rounding that grows with their logarithm only.
+template <class T, int count, class V, class Combine>
+CEAT_HD T fold_lanes(V v, Combine combine) {
+  if constexpr (count == 2) {
+    return combine(v[0], v[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof(Half));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+    return fold_lanes<T, count / 2>(combine(low, high), combine);
   }
-  return VecOf<T>{} + lanes[0];
 }
 
 }  // namespace CEAT_ISA
