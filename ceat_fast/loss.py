@@ -260,7 +260,7 @@ def _ceat(
         # The kernel that found the bad label cannot raise a ValueError, and looking first would cost every call.
         _check_labels(target, classes)
         raise
-    return loss, CeatParts(*parts) if need_parts else None
+    return loss, CeatParts(*parts) if parts is not None and need_parts else None
 
 
 def _make_settings(

@@ -77,7 +77,8 @@ def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
-    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=OptimizerConfig(lr=0.05, milestones=[])))
+    optimizer = OptimizerConfig(lr=0.05, milestones=[], grad_clip=1.0)
+    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=optimizer))
     records = trainer.run.metrics
     assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["ce"] < 0.8 * records[0]["ce"]

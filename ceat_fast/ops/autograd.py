@@ -135,15 +135,15 @@ def _fold(t: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
 
 def ceat_loss(
     backend: str, adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, need_parts: bool
-) -> tuple[Tensor, Tensor]:
-    """(loss, parts): loss (M,) or (M, B), differentiable once in `adv` and `nat`; parts (7, M, B) or empty."""
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, parts): loss (M,) or (M, B), differentiable once in `adv` and `nat`; parts (7, M, B) if needed."""
     if _is_transformed():
         loss, parts, *_ = _CeatLoss.apply(adv, nat, target, settings, backend, need_parts)
     elif torch.is_grad_enabled() and (adv.requires_grad or nat.requires_grad):
         # Gradient-free outputs of a Function are expensive, so the parts leave by the back door.
         sink: list[Tensor] | None = [] if need_parts else None
         loss = _EagerCeatLoss.apply(adv, nat, target, settings, backend, sink)
-        parts = sink[0] if sink else loss.new_empty(0)
+        parts = sink[0] if sink else None
     else:
         loss, _, _, parts = dispatch.module(backend).ceat_loss(adv, nat, target, settings, False, need_parts)
     return loss, parts

@@ -1,0 +1,57 @@
+"""Files that are either the old one or the new one, also after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PathLike = str | os.PathLike[str]
+
+
+def write_atomic(path: PathLike, data: bytes) -> None:
+    """Write a temporary neighbour, flush it to the disk, and rename it over `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write standard JSON atomically; NaN and infinity are refused."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_folder(path: PathLike, fill: Callable[[Path], None]) -> None:
+    """Create the folder `path` with what `fill(folder)` writes into it, visible only once complete.
+
+    Raises:
+        OSError: `path` exists and is not empty.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":  # a folder cannot be opened for fsync elsewhere
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
