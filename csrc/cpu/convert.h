@@ -85,6 +85,15 @@ CEAT_HD Out narrow(T x) {
   return Narrow<Out, T>::from(x);
 }
 
+CEAT_HD void store_narrow(float* to, VecF v) { store(to, v); }
+CEAT_HD void store_narrow(double* to, VecD v) { store(to, v); }
+CEAT_HD void store_narrow(BFloat16* to, VecF v) {
+  const WideBits bits = bit_cast<WideBits>(v);
+  const WideBits nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const WideBits rounded = v != v ? WideBits{} + 0x7fc0 : nearest_even;
+  store(to, __builtin_convertvector(rounded, HalfBits));
+}
+
 // Half precision is computed in fp32; fp16 gradients leave in fp32 (see ceat_fast/ops/__init__.py).
 template <class In>
 struct TypesOf {

@@ -98,18 +98,15 @@ CEAT_HD void weigh(const CeatSettings& s, MemberState<V>* states, V* true_residu
 }
 
 template <class L, class T, class Out, class V = VecOf<T>>
-CEAT_HD void write_gradients(const L& layout, const GradientRow<V>& g, const MemberState<V>& state, T* adv_tile,
-                             T* nat_tile, int64_t steps, Out* adv_out, Out* nat_out) {
+CEAT_HD void write_gradients(const L& layout, const GradientRow<V>& g, const MemberState<V>& state, const T* adv_tile,
+                             const T* nat_tile, int64_t steps, Out* adv_out, Out* nat_out) {
   for (int64_t i = 0; i < steps; ++i) {
-    T *b_at = adv_tile + i * kLanes<T>, *a_at = nat_tile + i * kLanes<T>;
-    const V b = load<V>(b_at), a = load<V>(a_at);
-    store(b_at, adv_gradient(g, a, b));
-    store(a_at, nat_gradient(g, a, b));
+    const V b = load<V>(adv_tile + i * kLanes<T>), a = load<V>(nat_tile + i * kLanes<T>);
+    layout.store_classes(i, adv_gradient(g, a, b), adv_out);
+    layout.store_classes(i, nat_gradient(g, a, b), nat_out);
   }
-  layout.set_true_class(adv_tile, true_adv_gradient(g, state.sums, state.adv));
-  layout.set_true_class(nat_tile, true_nat_gradient(g, state.sums, state.nat));
-  layout.store_row(adv_tile, adv_out);
-  layout.store_row(nat_tile, nat_out);
+  layout.store_true_class(true_adv_gradient(g, state.sums, state.adv), adv_out);
+  layout.store_true_class(true_nat_gradient(g, state.sums, state.nat), nat_out);
 }
 
 template <class L, class V, class T>
@@ -205,14 +202,11 @@ void ensemble_cross_entropy(const EnsembleProblem& p, int64_t begin, int64_t end
     if (p.grad == nullptr) continue;
 
     for (int64_t m = 0; m < members; ++m) {
-      T* tile = tiles + m * row;
+      const T* tile = tiles + m * row;
       const V share = shares[m] * T(p.scale), factor = rows[m].inv_sum * share;
-      for (int64_t i = 0; i < steps; ++i) {
-        T* at = tile + i * kLanes<T>;
-        store(at, load<V>(at) * factor);
-      }
-      layout.set_true_class(tile, rows[m].true_residual * share);
-      layout.store_row(tile, static_cast<Out*>(p.grad) + (m * samples + b) * classes);
+      Out* out = static_cast<Out*>(p.grad) + (m * samples + b) * classes;
+      for (int64_t i = 0; i < steps; ++i) layout.store_classes(i, load<V>(tile + i * kLanes<T>) * factor, out);
+      layout.store_true_class(rows[m].true_residual * share, out);
     }
   }
 }

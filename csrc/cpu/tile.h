@@ -4,8 +4,9 @@
 //   SampleLanes  few classes: a tile is kLanes samples, lane = sample, step = class; sums over steps are row sums.
 //   ClassLanes   many classes: a tile is one sample, lanes run over its classes; row sums add up the lanes.
 //
-// A tile holds one row per sample: `steps` vectors of scalars. Positions that are no class (the end of the last vector
-// in ClassLanes, samples past the end in SampleLanes) add nothing to a row's sums and are never stored.
+// A tile holds one row per sample: `steps` vectors of scalars. Gradients go straight to memory, where the true class is
+// written last, over what the other classes' formula gave there. Positions that are no class (the end of the last
+// vector in ClassLanes, samples past the end in SampleLanes) add nothing to a row's sums and are never stored.
 #pragma once
 
 #include <limits>
@@ -48,16 +49,18 @@ struct SampleLanes {
     return largest;
   }
   template <class Out>
-  void store_row(const T* tile, Out* row) const {
-    for (int64_t k = 0; k < classes; ++k) {
-      const Vec value = load<Vec>(tile + k * kSamples);
-      if (samples == kSamples) {
-        for (int w = 0; w < kSamples; ++w) row[w * classes + k] = narrow<Out>(value[w]);
-      } else {
-        for (int w = 0; w < samples; ++w) row[w * classes + k] = narrow<Out>(value[w]);
-      }
+  void store_classes(int64_t step, Vec value, Out* rows) const {
+    if (samples == kSamples) {
+      for (int w = 0; w < kSamples; ++w) rows[w * classes + step] = narrow<Out>(value[w]);
+    } else {
+      for (int w = 0; w < samples; ++w) rows[w * classes + step] = narrow<Out>(value[w]);
     }
   }
+  template <class Out>
+  void store_true_class(Vec value, Out* rows) const {
+    for (int w = 0; w < samples; ++w) rows[w * classes + labels[w]] = narrow<Out>(value[w]);
+  }
+
   Vec true_class(const T* tile) const {
     Vec value;
     for (int w = 0; w < kSamples; ++w) value[w] = tile[labels[w] * kSamples + w];
@@ -104,9 +107,19 @@ struct ClassLanes {
     return row_max(largest);
   }
   template <class Out>
-  void store_row(const T* tile, Out* row) const {
-    for (int64_t k = 0; k < classes; ++k) row[k] = narrow<Out>(tile[k]);
+  void store_classes(int64_t step, Vec value, Out* row) const {
+    const int64_t first = step * kLanes<T>;
+    if (first + kLanes<T> <= classes) {
+      store_narrow(row + first, value);
+    } else {
+      for (int64_t k = first; k < classes; ++k) row[k] = narrow<Out>(value[k - first]);
+    }
   }
+  template <class Out>
+  void store_true_class(Vec value, Out* row) const {
+    row[label] = narrow<Out>(value[0]);
+  }
+
   Vec true_class(const T* tile) const { return Vec{} + tile[label]; }
   void set_true_class(T* tile, Vec value) const { tile[label] = value[0]; }
 };
