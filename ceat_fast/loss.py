@@ -208,7 +208,7 @@ def ensemble_cross_entropy(logits: Logits, target: Tensor, *, reduction: str = "
         _explain_misfit({"logits": logits}, target)
     if logits.shape[1] == 0:
         return _empty_batch(logits.sum((0, 2)), reduction)
-    name = dispatch.backend_name(impl, logits.device.type)
+    name = _backend_name(impl, logits.device.type)
     if name == "torch":
         _check_labels(target, logits.shape[2])
         return reference.ensemble_cross_entropy(logits, target, code)
@@ -246,7 +246,7 @@ def _ceat(
         ce_coefficient, lam, mu, lam_exponent, mu_exponent, pair_reduction, distance_reduction, detach_nat, max_weight,
         reduction, members, classes,
     )  # fmt: skip
-    name = dispatch.backend_name(impl, adv.device.type)
+    name = _backend_name(impl, adv.device.type)
     if samples == 0:
         losses = (adv + nat).sum(2)
         return _empty_batch(losses, reduction), CeatParts(*[losses.detach()] * 7) if need_parts else None
@@ -261,6 +261,15 @@ def _ceat(
         _check_labels(target, classes)
         raise
     return loss, CeatParts(*parts) if parts is not None and need_parts else None
+
+
+def _backend_name(impl: str, device_type: str) -> str:
+    if torch.compiler.is_compiling():
+        from ceat_fast.ops import tracing
+
+        name: str = tracing.backend_name(impl, device_type)
+        return name
+    return dispatch.backend_name(impl, device_type)
 
 
 def _make_settings(

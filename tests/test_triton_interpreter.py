@@ -288,7 +288,7 @@ def test_pgd_step_equals_the_reference_bit_by_bit(dtype, grad_dtype):
     channels_last = grad.contiguous(memory_format=torch.channels_last)
     sliced = torch.zeros(2, 3, 19, 30, dtype=dtype, device=DEVICE)[..., 5:28].copy_(x)
     assert torch.equal(ops.pgd_step(x_adv, channels_last, sliced, 2 / 255, 8 / 255), expected)
-    strided = ops.pgd_step(x_adv.contiguous(memory_format=torch.channels_last), grad, x, 2 / 255, 8 / 255)
+    strided = ops.pgd_step(x_adv, grad, x.contiguous(memory_format=torch.channels_last), 2 / 255, 8 / 255)
     assert torch.equal(strided, expected)
     assert strided.is_contiguous(memory_format=torch.channels_last)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ceat_fast.choices import require_choice
@@ -36,8 +35,6 @@ def missing(impl: str, device_type: str) -> str | None:
     return reason
 
 
-# Compilation must not trace the imports behind this.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_name(impl: str, device_type: str) -> str:
     """The backend that `impl` means on a device type. One asked for by name is that one, or an error."""
     name = _chosen.get((impl, device_type))
