@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 
-from toolchain import cuda_mode, native_mode, not_buildable  # noqa: E402 - lies beside this file
+from toolchain import cuda_architectures, cuda_mode, native_mode, not_buildable  # noqa: E402 - lies beside this file
 
 PACKAGE = Path("ceat_fast")
 LIBRARIES = PACKAGE / "_lib"
@@ -37,7 +36,8 @@ class CMakeBuild(build_ext):
         output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / LIBRARIES
         output.mkdir(parents=True, exist_ok=True)
         (output / "skipped.txt").unlink(missing_ok=True)
-        build = Path(self.build_temp).resolve() / "cmake"
+        # In place, a folder that lasts: setuptools' own is new for every editable install.
+        build = (ROOT / "build" if self.inplace else Path(self.build_temp).resolve()) / "cmake"
         torch_dir = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
         subprocess.run(
             [
@@ -72,20 +72,6 @@ class BuildPython(build_py):
             target = (ROOT if self.editable_mode else Path(self.build_lib)) / LIBRARIES
             target.mkdir(parents=True, exist_ok=True)
             (target / "skipped.txt").write_text(reason + "\n")
-
-
-def cuda_architectures(arch_list: str) -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") as a CMake architecture list ("80-real;90a")."""
-    architectures = []
-    for entry in re.split(r"[;,\s]+", arch_list.strip()):
-        if not entry:
-            continue
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if match is None:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}; write numbers such as 8.0, 9.0a or 12.0+PTX")
-        major, minor, suffix, ptx = match.groups()
-        architectures.append(f"{major}{minor}{suffix}{'' if ptx else '-real'}")
-    return ";".join(architectures)
 
 
 def pybind11_cmake_dir() -> str:

@@ -1,9 +1,10 @@
-"""Whether the native parts can be built here. Shared by setup.py and the build backend."""
+"""Whether and for what the native parts can be built here. Shared by setup.py and the build backend."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 
@@ -49,3 +50,17 @@ def not_buildable() -> str | None:
         if absent:
             reason = f"not built: {', '.join(absent)} not found in the build environment"
     return reason
+
+
+def cuda_architectures(arch_list: str) -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") as a CMake architecture list ("80-real;90a")."""
+    architectures = []
+    for entry in re.split(r"[;,\s]+", arch_list.strip()):
+        if not entry:
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}; write numbers such as 8.0, 9.0a or 12.0+PTX")
+        major, minor, suffix, ptx = match.groups()
+        architectures.append(f"{major}{minor}{suffix}{'' if ptx else '-real'}")
+    return ";".join(architectures)
