@@ -61,7 +61,7 @@ inline ScalarType gradient_type(const Tensor& logits) {
 }
 
 // The contiguous op goes through the dispatcher even where there is nothing to do.
-inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor with_contiguous_rows(const Tensor& logits) {
   return logits.stride(logits.dim() - 1) == 1 ? logits : torch::stable::contiguous(logits);

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ceat_loss(const Tensor& adv_in, const
   check_logits(adv_in, target_in);
   check_same(adv_in, nat_in);
   const Tensor adv = with_contiguous_rows(adv_in), nat = with_contiguous_rows(nat_in);
-  const Tensor target = contiguous(target_in);
+  const Tensor target = dense(target_in);
   const int64_t members = adv.size(0), samples = adv.size(1), classes = adv.size(2);
   const ScalarType loss_dtype = loss_type(adv), grad_dtype = gradient_type(adv);
 
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> ensemble_cross_entropy(const Tensor& logits_in, const
                                                   bool need_grad) {
   check_logits(logits_in, target_in);
   const Tensor logits = with_contiguous_rows(logits_in);
-  const Tensor target = contiguous(target_in);
+  const Tensor target = dense(target_in);
   const int64_t members = logits.size(0), samples = logits.size(1), classes = logits.size(2);
   const ScalarType loss_dtype = loss_type(logits), grad_dtype = gradient_type(logits);
 
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> scale_gradients(const Tensor& adv_grad, const Tensor&
     }
   }
   const auto scale = [&](const Tensor& in) {
-    const Tensor grad = contiguous(in);
+    const Tensor grad = dense(in);
     Tensor out = empty(grad, grad.scalar_type(), {members, samples, classes});
     const ceat_cpu::ScaleProblem problem{dtype_of(grad), classes, grad.data_ptr(), factors.data(), out.data_ptr()};
     in_parallel(members * samples, classes,

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> scale_gradients(const Tensor& adv_grad_in, const Tens
       (per_sample ? loss_grad.size(1) == shape.batch : loss_grad.dim() == 1) && loss_grad.size(0) == shape.members,
       "loss_grad must have shape (M,) or (M, B)");
   const DeviceGuard guard(adv_grad_in.get_device_index());
-  const Tensor adv_grad = contiguous(adv_grad_in), nat_grad = contiguous(nat_grad_in);
+  const Tensor adv_grad = dense(adv_grad_in), nat_grad = dense(nat_grad_in);
   Tensor adv_out = torch::stable::empty_like(adv_grad), nat_out = torch::stable::empty_like(nat_grad);
   if (adv_grad.numel() == 0) return {adv_out, nat_out};
   const ScaleArgs args{dtype_of(adv_grad),
