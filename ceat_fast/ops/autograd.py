@@ -21,30 +21,14 @@ def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _scaled(backend: str, grads: tuple[Tensor, Tensor], loss_grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The saved gradients times the gradient of the (M,) or (M, B) losses."""
-    if _is_transformed():
-        # A plain product is fused by the compiler and batched by vmap.
-        factor = loss_grad.reshape(*loss_grad.shape, *[1] * (3 - loss_grad.dim()))
-        return grads[0] * factor, grads[1] * factor
+def _ceat_backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = ctx.saved_tensors
     # `loss.sum().backward()` hands back ones. On the CPU a look is cheap, and saves reading and writing both gradients.
-    if loss_grad.dim() == 1 and loss_grad.device.type == "cpu" and all(x == 1.0 for x in loss_grad.tolist()):
-        return grads
-    scaled: tuple[Tensor, Tensor] = dispatch.module(backend).scale_gradients(*grads, loss_grad)
-    return scaled
-
-
-def _ceat_gradients(
-    backend: str, dtype: torch.dtype, grads: tuple[Tensor, Tensor], loss_grad: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if loss_grad is None:
-        return None, None
-    adv_grad, nat_grad = _scaled(backend, grads, loss_grad)
-    return (adv_grad, nat_grad) if adv_grad.dtype == dtype else (adv_grad.to(dtype), nat_grad.to(dtype))
-
-
-def _ceat_backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    adv_grad, nat_grad = _ceat_gradients(ctx.backend, ctx.dtype, ctx.saved_tensors, loss_grad)
+    if not (loss_grad.is_cpu and loss_grad.dim() == 1 and loss_grad.tolist() == [1.0] * len(loss_grad)):
+        grads = dispatch.module(ctx.backend).scale_gradients(*grads, loss_grad)
+    adv_grad, nat_grad = grads
+    if adv_grad.dtype != ctx.dtype:
+        adv_grad, nat_grad = adv_grad.to(ctx.dtype), nat_grad.to(ctx.dtype)
     return adv_grad, nat_grad, None, None, None, None
 
 
@@ -93,12 +77,16 @@ class _CeatLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(parts_out, adv_grad, nat_grad)
         ctx.save_for_backward(adv_grad, nat_grad)
-        ctx.backend, ctx.dtype = inputs[4], inputs[0].dtype
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _ceat_backward(ctx, loss_grad)
+        if loss_grad is None:
+            return (None,) * 6
+        # A plain product is fused by the compiler and batched by vmap.
+        factor = loss_grad.reshape(*loss_grad.shape, *[1] * (3 - loss_grad.dim()))
+        return *((grad * factor).to(ctx.dtype) for grad in ctx.saved_tensors), None, None, None, None
 
     @staticmethod
     def vmap(
