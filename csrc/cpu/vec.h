@@ -84,15 +84,14 @@ CEAT_HD VecF exp_in_range(VecF x) {
   const VecF n = shifted - kRound;
   VecF r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  VecF p = VecF{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const MaskF power = (reinterpret_cast<MaskF>(shifted) + 127) << 23;
-  return p * reinterpret_cast<VecF>(power);
+  // exp(r) = 1 + r + r^2 p(r), with p in pairs instead of Horner's chain: the loops around this wait for its latency.
+  const VecF square = r * r;
+  const VecF low = 1.6666665459e-1f * r + 5.0000001201e-1f;
+  const VecF middle = 8.3334519073e-3f * r + 4.1665795894e-2f;
+  const VecF high = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  const VecF p = high * (square * square) + (middle * square + low);
+  const VecF power = reinterpret_cast<VecF>((reinterpret_cast<MaskF>(shifted) + 127) << 23);
+  return (p * square + r) * power + power;
 }
 CEAT_HD VecF exp_nonpositive(VecF x) { return exp_in_range(max(VecF{} - 88.0f, x)); }
 CEAT_HD VecF exp_any(VecF x) {
