@@ -71,7 +71,7 @@ def _load_digits(root: Path) -> Dataset:
 
     Source: the test part of "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine
     Learning Repository (1998), https://doi.org/10.24432/C50P49, licence CC BY 4.0. A fixed random fifth (360) is
-    for testing, the rest (1,437) for training; the images are ordered by writer, and this gives both parts all of them.
+    for testing, the rest (1,437) for training.
     """
     import numpy
 

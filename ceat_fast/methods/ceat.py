@@ -7,9 +7,9 @@ D_m is the disparity of the other members' true-class probabilities. The adversa
 The adversarial and the clean batch pass the members one after the other, so BatchNorm normalises each by its own
 statistics and updates its running statistics twice, adversarial first.
 
-The weights reach e^lam and e^mu, 148 in the paper's settings, and lam or mu multiplies the distance's gradient on top.
-Members can then collapse to a constant output early in training and stay there: on the digits, (5, 1) did at learning
-rates of 0.02 and 0.05. `optimizer.grad_clip` (1.0) or `max_weight` (5) prevented it, a warm-up alone did not.
+The weights reach e^lam and e^mu, 148 in the paper's settings, and multiply the gradient lam- or mu-fold on top.
+At learning rates above the paper's 0.01 members can collapse to a constant output, from which they do not return;
+`optimizer.grad_clip` and `max_weight` are the remedies (docs/training.md).
 """
 
 from __future__ import annotations

@@ -40,21 +40,13 @@ struct VecTraits;
 template <>
 struct VecTraits<float> {
   using Vec = VecF;
-  using Mask = MaskF;
-  using Int = int32_t;
 };
 template <>
 struct VecTraits<double> {
   using Vec = VecD;
-  using Mask = MaskD;
-  using Int = int64_t;
 };
 template <class T>
 using VecOf = typename VecTraits<T>::Vec;
-template <class T>
-using MaskOf = typename VecTraits<T>::Mask;
-template <class T>
-using LaneInt = typename VecTraits<T>::Int;
 template <class T>
 constexpr int kLanes = kVecBytes / int(sizeof(T));
 
