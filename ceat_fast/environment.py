@@ -27,6 +27,23 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: $CEAT_FAST_CACHE, or ceat_fast in the user's cache folder."""
+    if folder := os.environ.get("CEAT_FAST_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ceat_fast"
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of what determines speed."""
+    return {name: _version(name) for name in ("ceat-fast", "torch", "triton")}
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ceat_fast.ensemble import Ensemble, frozen
+from ceat_fast.ensemble import Ensemble, Execution, frozen
 from ceat_fast.models import resnet20
 
 BATCHED = ("vmap", "auto")
@@ -32,7 +32,7 @@ class SmallNet(nn.Module):
 
 @pytest.fixture(autouse=True)
 def auto_decides_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("ceat_fast.ensemble.group._vmap_pays", lambda x: True)
+    monkeypatch.setattr("ceat_fast.ensemble.ensemble.default_execution", lambda device: Execution("vmap"))
 
 
 def small_members(count=3, **kwargs):
@@ -474,30 +474,6 @@ def test_members_must_return_logits(backend):
 def test_members_without_parameters_run():
     x = torch.rand(2, 4)
     assert torch.equal(Ensemble([nn.Identity(), nn.Identity()], "vmap").member_logits(x), torch.stack([x, x]))
-
-
-def test_frozen_puts_everything_back():
-    ens = Ensemble(small_members())
-    ens.members[0].bn.eval()
-    ens.members[2].fc.requires_grad_(False)
-    modes = [module.training for module in ens.modules()]
-    flags = [p.requires_grad for p in ens.parameters()]
-    state = copy.deepcopy(ens.state_dict())
-    with frozen(ens):
-        assert not any(module.training for module in ens.modules())
-        assert not any(p.requires_grad for p in ens.parameters())
-        assert not ens(images()).requires_grad
-    assert [module.training for module in ens.modules()] == modes
-    assert [p.requires_grad for p in ens.parameters()] == flags
-    assert all(torch.equal(value, state[key]) for key, value in ens.state_dict().items())
-
-
-def test_frozen_puts_everything_back_after_an_exception():
-    ens = Ensemble(small_members())
-    with pytest.raises(KeyError), frozen(ens):
-        raise KeyError
-    assert all(module.training for module in ens.modules())
-    assert all(p.requires_grad for p in ens.parameters())
 
 
 @pytest.mark.parametrize("backend", ["loop", "vmap"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ceat_fast.choices import require_choice
-from ceat_fast.ensemble.group import MemberGroup, group_members
+from ceat_fast.ensemble.architecture import group_members
+from ceat_fast.ensemble.execution import AUTO, Execution, default_execution
+from ceat_fast.ensemble.group import MemberGroup
+from ceat_fast.ensemble.streams import run_in_streams
 from ceat_fast.ops import reference
 
-BACKENDS = ("auto", "vmap", "loop")
 AVERAGES = ("prob", "logit")
 
 
@@ -24,8 +26,10 @@ class Ensemble(nn.Module):
         members: at least one module, each maps the same inputs to logits (B, K). Kept as `ens.members`; state-dict
             keys are "members.<m>.<the member's own key>".
         backend: "vmap" runs members of equal architecture (same classes, attributes and tensor shapes) as one batched
-            module and raises where that is impossible; "loop" runs one after the other; "auto" batches where it is
-            possible and pays. Mixed architectures form several groups; a group of one is called directly.
+            module and raises where that is impossible; "loop" runs one after the other; "streams" does on CUDA streams
+            side by side. Options follow a plus: "loop+channels_last", "vmap+compile". "auto" takes the execution that
+            `tune` measured to be the fastest, before that a default, and loops where vmap is impossible. Mixed
+            architectures form several groups; a group of one is called directly.
         average: "prob" for the mean of the members' probabilities (eq. 1), "logit" for the softmax of the mean logits.
 
     Members that run batched share storage: their parameters are views into stacked tensors, made on the first batched
@@ -39,7 +43,8 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: Sequence[nn.Module], backend: str = "auto", average: str = "prob") -> None:
         super().__init__()
-        require_choice("backend", backend, BACKENDS)
+        if backend != AUTO:
+            Execution.parse(backend)
         require_choice("average", average, AVERAGES)
         members = list(members)
         if not members:
@@ -50,7 +55,15 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.backend = backend
         self.average = average
+        self.tuned: Execution | None = None  # what "auto" takes, once it was measured
         self._groups: list[MemberGroup] | None = None
+        self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
+
+    def execution(self, device: torch.device) -> Execution:
+        """How the members run on inputs on `device`."""
+        if self.backend != AUTO:
+            return Execution.parse(self.backend)
+        return self.tuned or default_execution(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities of the ensemble (B, K), fp32 (fp64 for fp64 members); x as in `member_logits`."""
@@ -79,18 +92,31 @@ class Ensemble(nn.Module):
             per_member = x.dim() == 5 and x.shape[0] == count
         elif per_member and (x.dim() < 2 or x.shape[0] != count):
             raise ValueError(f"per_member=True needs x of shape ({count}, B, ...), got {tuple(x.shape)}")
-        if self.backend == "loop":
+        execution = self.execution(x.device)
+        if execution.members != "vmap":
             rows = x.unbind(0) if per_member else [x] * count
-            return _stack_logits([member(row) for member, row in zip(self.members, rows, strict=True)])
+            return _stack_logits(self._run_each(execution, [execution.arrange(row) for row in rows]))
         outputs: dict[int, Tensor] = {}
         for group in self._current_groups():
             whole = len(group.indices) == count
             inputs = x if whole or not per_member else x[list(group.indices)]
-            output = group.run(inputs, per_member, must_batch=self.backend == "vmap")
+            inputs = execution.arrange(inputs)
+            output = group.run(inputs, per_member, must_batch=self.backend != AUTO, compiled=execution.compile)
             if whole and isinstance(output, Tensor) and output.dim() == 3:
                 return output
             outputs.update(zip(group.indices, output, strict=True))
         return _stack_logits([outputs[index] for index in range(count)])
+
+    def _run_each(self, execution: Execution, rows: Sequence[Tensor]) -> list[Any]:
+        members: Sequence[Callable[..., Any]] = self._compiled_members() if execution.compile else list(self.members)
+        if execution.members == "streams":
+            return run_in_streams(members, rows)
+        return [member(row) for member, row in zip(members, rows, strict=True)]
+
+    def _compiled_members(self) -> list[Callable[..., Any]]:
+        if [member for member, _ in self._compiled] != list(self.members):
+            self._compiled = [(member, torch.compile(member)) for member in self.members]
+        return [compiled for _, compiled in self._compiled]
 
     def regroup(self) -> None:
         """Compare the members' architectures anew before the next run."""
@@ -104,7 +130,7 @@ class Ensemble(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has storage of its own; it makes its own groups.
-        return {**self.__dict__, "_groups": None}
+        return {**self.__dict__, "_groups": None, "_compiled": []}
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, average={self.average!r}"

@@ -9,83 +9,18 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ceat_fast.ensemble.architecture import has_hooks
+
 Outputs = Tensor | Sequence[Any]  # one entry per member: a stacked tensor, or what each returned
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _REMEDY = "use backend='loop', or 'auto', which loops where it must"
-
-
-def group_members(members: Sequence[nn.Module]) -> list[list[int]]:
-    """Indices of members that can share one vmapped execution, grouped; every member is in exactly one group."""
-    groups: list[list[int]] = []
-    for index, member in enumerate(members):
-        for group in groups:
-            others = [members[i] for i in group]
-            if _same_architecture(others[0], member) and not any(_share_tensors(other, member) for other in others):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    return groups
-
-
-def _vmap_pays(x: Tensor) -> bool:
-    """Where batching is expected to be faster.
-
-    On a GPU launches bound networks of this size, and vmap makes M times fewer. On a CPU there is nothing to save, and
-    the grouped convolutions that vmap makes are no faster than the members' own.
-    """
-    return x.device.type != "cpu"
-
-
-def _same_architecture(a: nn.Module, b: nn.Module) -> bool:
-    modules_a, modules_b = dict(a.named_modules()), dict(b.named_modules())
-    return (
-        list(modules_a) == list(modules_b)
-        and all(_same_configuration(modules_a[name], modules_b[name]) for name in modules_a)
-        and _layout(a) == _layout(b)
-    )
-
-
-def _same_configuration(a: nn.Module, b: nn.Module) -> bool:
-    """Same class and, beside tensors and submodules, the same attributes."""
-    extra_a = {name: value for name, value in vars(a).items() if name not in _MODULE_ATTRIBUTES}
-    extra_b = {name: value for name, value in vars(b).items() if name not in _MODULE_ATTRIBUTES}
-    return (
-        type(a) is type(b) and extra_a.keys() == extra_b.keys() and all(map(_equal, extra_a.values(), extra_b.values()))
-    )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    try:
-        return type(a) is type(b) and bool(a == b)
-    except (RuntimeError, TypeError, ValueError):  # arrays and foreign objects: what has no == counts as different
-        return False
-
-
-def _layout(module: nn.Module) -> list[tuple[Any, ...]]:
-    """Every tensor's name, kind and format; a tensor with two names comes once, so differently tied members differ."""
-    parameters = [("parameter", name, t.shape, t.dtype, t.device) for name, t in module.named_parameters()]
-    return parameters + [("buffer", name, t.shape, t.dtype, t.device) for name, t in module.named_buffers()]
-
-
-def _share_tensors(a: nn.Module, b: nn.Module) -> bool:
-    tensors = {id(t) for t in (*a.parameters(), *a.buffers())}
-    return any(id(t) in tensors for t in (*b.parameters(), *b.buffers()))
 
 
 class _Stack(torch.autograd.Function):
@@ -114,6 +49,15 @@ class _Stack(torch.autograd.Function):
         return None, *(row for stack_rows in rows for row in stack_rows)
 
 
+def _functional(
+    module: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output of `module` with these tensors, and the buffers that it assigned anew instead of in place."""
+    tensors = {**parameters, **buffers}
+    output = functional_call(module, tensors, (x,))
+    return output, {name: tensors[name] for name, buffer in buffers.items() if tensors[name] is not buffer}
+
+
 class MemberGroup:
     """Members of one architecture; `indices` are their places in the ensemble.
 
@@ -124,12 +68,13 @@ class MemberGroup:
         self.indices = tuple(indices)
         self.members = tuple(members)
         self.refusal: str | None = None  # why vmap cannot run these members, once that is known
-        self._proved_modes: set[bool] = set()
+        self._proved_modes: set[tuple[bool, bool]] = set()  # (training, compiled)
         self._modules = [list(member.modules()) for member in members]
         self._children = self._current_children()
         self._tensors = self._current_tensors()
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
         self._tied = False
+        self._calls: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
     def is_current(self) -> bool:
         """False after surgery, .to(), deepcopy or assignment: anything that replaced a submodule, tensor or storage."""
@@ -142,12 +87,13 @@ class MemberGroup:
             and [tensor.data_ptr() for tensor in tensors] == self._pointers
         )
 
-    def run(self, x: Tensor, per_member: bool, must_batch: bool) -> Outputs:
+    def run(self, x: Tensor, per_member: bool, must_batch: bool, compiled: bool = False) -> Outputs:
         """Outputs of the members, in order; x is (B, ...), or (G, B, ...) with `per_member`.
 
-        `must_batch` raises where vmap cannot run the members; otherwise it is used where it can and pays.
+        `must_batch` raises where vmap cannot run the members; otherwise they loop there. `compiled` sends the batched
+        run through torch.compile.
         """
-        if len(self.members) == 1 or not self._tensors or not (must_batch or _vmap_pays(x)):
+        if len(self.members) == 1 or not self._tensors:
             return self._run_loop(x, per_member)
         obstacle = self._obstacle()
         if obstacle is not None:
@@ -155,18 +101,18 @@ class MemberGroup:
                 raise RuntimeError(f"backend='vmap' cannot run {self._describe()}: {obstacle}; {_REMEDY}")
             return self._run_loop(x, per_member)
         training = any(module.training for module in self._modules[0])
-        if training in self._proved_modes:
-            return self._run_vmap(x, per_member)
-        output = self._try_vmap(x, per_member, must_batch)
-        self._proved_modes.add(training)
+        if (training, compiled) in self._proved_modes:
+            return self._run_vmap(x, per_member, compiled)
+        output = self._try_vmap(x, per_member, must_batch, compiled)
+        self._proved_modes.add((training, compiled))
         return output
 
-    def _try_vmap(self, x: Tensor, per_member: bool, must_batch: bool) -> Outputs:
+    def _try_vmap(self, x: Tensor, per_member: bool, must_batch: bool, compiled: bool) -> Outputs:
         """First run in a mode: a module that vmap cannot run leaves its buffers as they were."""
         self._tie()
         before = {name: buffer.clone() for name, buffer in self._buffers.items()}
         try:
-            return self._run_vmap(x, per_member)
+            return self._run_vmap(x, per_member, compiled)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -189,7 +135,7 @@ class MemberGroup:
         if any(mode != modes[0] for mode in modes[1:]):
             return "their train/eval modes differ"
         for module in itertools.chain.from_iterable(self._modules):
-            if any(getattr(module, hooks) for hooks in _HOOKS):
+            if has_hooks(module):
                 return f"a hook on a {type(module).__name__} has to run once per member"
         return None
 
@@ -197,26 +143,24 @@ class MemberGroup:
         inputs = x.unbind(0) if per_member else [x] * len(self.members)
         return [member(row) for member, row in zip(self.members, inputs, strict=True)]
 
-    def _run_vmap(self, x: Tensor, per_member: bool) -> Tensor:
+    def _run_vmap(self, x: Tensor, per_member: bool, compiled: bool) -> Tensor:
         """-> (G, B, K). Buffers (running statistics) are updated in place, as in a loop."""
         self._tie()
-        template = self.members[0]
         parameters = dict(zip(self._parameter_names, self._stacked_parameters(), strict=True))
-        reassigned: list[str] = []
-
-        def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
-            tensors = {**parameters, **buffers}
-            output = functional_call(template, tensors, (x,))
-            # A buffer that the module assigned anew, instead of updating it in place, comes back in `tensors`.
-            reassigned[:] = [name for name, buffer in buffers.items() if tensors[name] is not buffer]
-            return output, [tensors[name] for name in reassigned]
-
-        vmapped: Callable[..., Any] = torch.vmap(call, (0, 0, 0 if per_member else None), randomness="different")
-        output: Tensor
-        output, values = vmapped(parameters, self._buffers, x)
-        for name, value in zip(reassigned, values, strict=True):
+        output, reassigned = self._batched_call(per_member, compiled)(parameters, self._buffers, x)
+        for name, value in reassigned.items():
             self._buffers[name].copy_(value.detach())
-        return output
+        logits: Tensor = output
+        return logits
+
+    def _batched_call(self, per_member: bool, compiled: bool) -> Callable[..., Any]:
+        """(stacked parameters, stacked buffers, x) -> (outputs, buffers that were not updated in place)."""
+        key = per_member, compiled
+        if key not in self._calls:
+            call = partial(_functional, self.members[0])
+            batched = torch.vmap(call, (0, 0, 0 if per_member else None), randomness="different")
+            self._calls[key] = torch.compile(batched) if compiled else batched
+        return self._calls[key]
 
     def _stacked_parameters(self) -> Sequence[Tensor]:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters):

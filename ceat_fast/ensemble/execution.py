@@ -1,0 +1,63 @@
+"""How the members of an ensemble run: one after the other, in CUDA streams side by side, or batched by vmap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ceat_fast.choices import unknown_name
+
+MEMBERS = ("loop", "vmap", "streams")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One way to run the members; its text is for example "loop+channels_last+compile".
+
+    Args:
+        members: "loop" runs one after the other; "streams" each on a CUDA stream of its own; "vmap" members of one
+            architecture as one batched module.
+        channels_last: image batches (B, C, H, W), and the weights of an attacked view, in that memory format.
+        compile: through torch.compile.
+    """
+
+    members: str = "loop"
+    channels_last: bool = False
+    compile: bool = False
+
+    def __str__(self) -> str:
+        return "+".join([self.members, *(f.name for f in fields(self)[1:] if getattr(self, f.name))])
+
+    @classmethod
+    def parse(cls, text: str) -> Execution:
+        """The execution of that text.
+
+        Raises:
+            ValueError: an unknown way or option.
+        """
+        members, *options = text.split("+") if isinstance(text, str) else [text]
+        if members not in MEMBERS:
+            raise ValueError(unknown_name("backend", members, (AUTO, *MEMBERS)))
+        known = [f.name for f in fields(cls)[1:]]
+        for option in options:
+            if option not in known:
+                raise ValueError(unknown_name(f"option of backend {text!r}", option, known))
+        return cls(members, **dict.fromkeys(options, True))
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """`x` in this execution's memory format; what is no image batch stays as it is."""
+        if self.channels_last and x.dim() == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+
+def default_execution(device: torch.device) -> Execution:
+    """What "auto" takes where nothing was measured.
+
+    On a GPU launches bound networks of this size, and vmap makes M times fewer. On a CPU there is nothing to save; its
+    convolutions are faster in channels_last.
+    """
+    return Execution("loop", channels_last=True) if device.type == "cpu" else Execution("vmap")

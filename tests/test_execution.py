@@ -1,0 +1,160 @@
+"""Ways of running the members: equal results, measured choice, remembered choice."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from ceat_fast import Ensemble
+from ceat_fast.ensemble import Execution, frozen, tune, tuning
+from ceat_fast.ensemble.execution import default_execution
+from ceat_fast.models import digits_resnet
+
+EXECUTIONS = ["loop", "loop+channels_last", "vmap"]
+COMPILED = ["loop+compile", "loop+channels_last+compile", "vmap+compile"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CEAT_FAST_CACHE", str(tmp_path / "cache"))
+
+
+def ensemble(backend="auto", members=2):
+    torch.manual_seed(0)
+    return Ensemble([digits_resnet().double() for _ in range(members)], backend)
+
+
+def images(batch=4):
+    return torch.rand(batch, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_text_and_execution_say_the_same():
+    assert str(Execution("loop", channels_last=True, compile=True)) == "loop+channels_last+compile"
+    assert Execution.parse("vmap+compile") == Execution("vmap", compile=True)
+    for text in ("loop", "streams+channels_last"):
+        assert str(Execution.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lop", r"unknown backend 'lop' \(did you mean 'loop'\?\)"),
+        ("loop+compil", r"unknown option of backend 'loop\+compil' 'compil' \(did you mean 'compile'\?\)"),
+        ("compile", "unknown backend 'compile'"),
+        ("", "unknown backend ''"),
+        (None, "unknown backend None"),
+    ],
+)
+def test_unknown_executions_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Ensemble([digits_resnet()], text)
+
+
+@pytest.mark.parametrize("backend", [*EXECUTIONS, *(pytest.param(c, marks=pytest.mark.slow) for c in COMPILED)])
+@pytest.mark.parametrize("training", [True, False])
+def test_executions_agree(backend, training):
+    expected, got = ensemble("loop").train(training), ensemble(backend).train(training)
+    for ens in (expected, got):
+        ens.member_logits(images()).square().sum().backward()
+    for (name, a), b in zip(expected.named_parameters(), got.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+    for a, b in zip(expected.buffers(), got.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+    x = images().requires_grad_()
+    grads = []
+    for ens in (expected, got):
+        with frozen(ens) as view:
+            grads += torch.autograd.grad(view(x)[:, 0].sum(), x)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-14)
+
+
+def test_streams_need_a_gpu():
+    with pytest.raises(RuntimeError, match="backend='streams' needs inputs on a CUDA device, got cpu"):
+        ensemble("streams")(images())
+
+
+def test_the_fastest_is_chosen_remembered_and_used(monkeypatch):
+    seconds = {"loop": 3.0, "loop+channels_last": 2.0, "vmap": 1.0}
+    monkeypatch.setattr(tuning, "_race", lambda *_: (seconds, {}))
+    ens = ensemble()
+    assert ens.execution(torch.device("cpu")) == default_execution(torch.device("cpu"))
+    assert tune(ens, images()) == Execution("vmap")
+    assert ens.execution(torch.device("cpu")) == Execution("vmap")
+    monkeypatch.setattr(tuning, "_race", lambda *_: pytest.fail("measured again"))
+    assert tune(ensemble(), images()) == Execution("vmap")
+    (entry,) = tuning.remembered()
+    assert entry["choice"] == "vmap"
+    assert entry["seconds"] == seconds
+    assert (entry["members"], entry["batch"], entry["shape"]) == (["ResNet", "ResNet"], 4, [1, 8, 8])
+
+
+def test_a_choice_is_for_one_problem():
+    problems = [(ensemble(), images()), (ensemble(members=3), images()), (ensemble(), images(5))]
+    for ens, x in problems:
+        tune(ens, x)
+    assert len(tuning.remembered()) == 3
+
+
+def test_measuring_is_real_and_changes_nothing():
+    ens = ensemble().train()
+    before = {name: tensor.clone() for name, tensor in ens.state_dict().items()}
+    choice = tune(ens, images())
+    (entry,) = tuning.remembered()
+    assert set(entry["seconds"]) == {"loop", "loop+channels_last", "vmap"}
+    assert entry["seconds"][str(choice)] == min(entry["seconds"].values()) > 0
+    assert all(module.training for module in ens.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in ens.state_dict().items())
+
+
+def test_a_choice_by_hand_is_obeyed(monkeypatch):
+    monkeypatch.setattr(tuning, "_race", lambda *_: pytest.fail("measured"))
+    ens = ensemble("vmap")
+    assert tune(ens, images()) == Execution("vmap")
+    assert ens.tuned is None
+
+
+def test_compiled_candidates_only_for_long_jobs(monkeypatch):
+    raced = []
+
+    def race(ensemble, x, precision, executions):
+        raced.append([str(e) for e in executions])
+        return {str(e): 0.5 if e.compile else 1.0 for e in executions}, {}
+
+    monkeypatch.setattr(tuning, "_race", race)
+    assert str(tune(ensemble(), images(), passes=600)) == "loop"
+    assert str(tune(ensemble(), images(), passes=601)) == "loop+compile"
+    assert str(tune(ensemble(), images())) == "loop+compile"
+    assert raced == [EXECUTIONS, EXECUTIONS, ["loop", "loop+compile"]]
+
+
+def test_what_cannot_run_is_recorded():
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = digits_resnet()
+
+        def forward(self, x):
+            logits = self.net(x)
+            return logits if logits.sum().item() > 0 else 2 * logits
+
+    tune(Ensemble([Branching(), Branching()]), images().float())
+    (entry,) = tuning.remembered()
+    assert list(entry["failed"]) == ["vmap"]
+
+
+def test_a_broken_or_unwritable_cache_costs_a_warning(tmp_path, monkeypatch, caplog):
+    path = tuning.cache_path()
+    path.parent.mkdir()
+    path.write_text("{")
+    with caplog.at_level(logging.WARNING):
+        tune(ensemble(), images())
+    assert "cannot be read" in caplog.text
+    assert len(json.loads(path.read_text())) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CEAT_FAST_CACHE", str(tmp_path / "file" / "below"))
+    with caplog.at_level(logging.WARNING):
+        tune(ensemble(), images())
+    assert "cannot be remembered" in caplog.text

@@ -1,0 +1,283 @@
+"""The view that attacks see: the same function, without side effects, in any precision, for any module."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ceat_fast.ensemble import Ensemble, frozen, resolve_precision, unfolded
+from ceat_fast.models import digits_resnet, resnet20
+
+
+class Net(nn.Module):
+    """Every case of folding: plain, biased, grouped, used by two, before the convolution, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm2d(4, affine=False, eps=0.3)
+        self.pre = nn.BatchNorm2d(4)
+        self.conv3 = nn.Conv2d(4, 4, 1)
+        self.shared_input = nn.BatchNorm2d(4)
+        self.conv4 = nn.Conv2d(4, 4, 1)
+        self.twice = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.conv3(F.relu(self.pre(self.bn2(self.conv2(x)))))
+        x = x + self.shared_input(x)
+        x = self.twice(self.conv4(x)) + self.twice(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = Net(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x)
+
+
+def lived_in(module):
+    """Weights and statistics as after some training, in float64, so that folding has to be exact."""
+    generator = torch.Generator().manual_seed(0)
+    module = module.double()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
+    return module
+
+
+def inputs(batch=3, size=5):
+    return torch.rand(batch, 2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_view_is_the_same_function_in_eval_mode():
+    model = lived_in(Net())
+    with torch.no_grad(), frozen(model) as view:
+        folded = view(inputs())
+        assert view is not model
+    torch.testing.assert_close(folded, model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_folded_and_what_is_not():
+    model = Net()
+    with frozen(model) as view:
+        norms = [name for name, child in view.named_modules() if isinstance(child, nn.BatchNorm2d)]
+    assert norms == ["pre", "shared_input", "twice"]
+    assert [line.split(": ")[1] for line in unfolded(model)] == norms
+    assert unfolded(resnet20()) == []
+
+
+def test_the_model_itself_is_never_touched():
+    model = Ensemble([lived_in(Net()), lived_in(Net())]).train()
+    model.members[0].bn1.eval()
+    model.members[1].fc.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    state = copy.deepcopy(model.state_dict())
+    with frozen(model) as view:
+        assert isinstance(view, Ensemble)
+        assert not any(module.training for module in view.modules())
+        assert not any(p.requires_grad for p in view.parameters())
+        assert not view(inputs()).requires_grad
+        assert modes == [module.training for module in model.modules()]
+    assert modes == [module.training for module in model.modules()]
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_module_that_runs_itself_is_put_back_also_after_an_exception():
+    model = Counting().train()
+    model.net.fc.weight.requires_grad_(False)
+    with frozen(model) as view:
+        assert view is model
+        assert not any(module.training for module in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(KeyError), frozen(model):
+        raise KeyError
+    assert all(module.training for module in model.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["net.fc.weight"]
+
+
+@pytest.mark.parametrize("change", ["step", "data", "statistics"])
+def test_the_view_follows_the_weights(change):
+    model = lived_in(Net())
+    with frozen(model) as view:
+        first = view
+    with torch.no_grad():
+        if change == "step":
+            for p in model.parameters():
+                p.add_(0.1)
+        elif change == "data":  # leaves no trace in the version counter
+            model.conv1.weight.data = model.conv1.weight.data * 2
+        else:
+            model.train()(inputs())
+    with torch.no_grad(), frozen(model) as view:
+        assert view is first
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_surgery_makes_a_new_view():
+    model = lived_in(Net())
+    with frozen(model):
+        pass
+    model.conv3 = lived_in(nn.Conv2d(4, 4, 3, padding=1))
+    model.bn1.eps = 0.5
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_changed_attribute_makes_a_new_view():
+    model = lived_in(Net())
+    with frozen(model):
+        pass
+    model.conv3.stride = (2, 2)
+    model.bn1.eps = 0.5
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_changed_ensemble_makes_a_new_view():
+    model = Ensemble([lived_in(Net()), lived_in(Net())])
+    with frozen(model):
+        pass
+    model.members[1] = lived_in(digits_resnet(3, in_channels=2))
+    model.average = "logit"
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_see_the_attack():
+    model, seen = Net(), []
+    model.conv1.register_forward_hook(lambda *_: seen.append(1))
+    with frozen(model) as view:
+        view(inputs().float())
+    assert view is model
+    assert seen == [1]
+    assert unfolded(model) == ["Net: conv1 has hooks"]
+
+
+def test_a_hook_registered_later_sees_the_attack():
+    model, seen = Net(), []
+    with frozen(model):
+        pass
+    model.conv1.register_forward_hook(lambda *_: seen.append(1))
+    with frozen(model) as view:
+        view(inputs().float())
+    assert seen == [1]
+
+
+def test_a_forward_with_side_effects_runs_itself():
+    model = Counting()
+    with frozen(model) as view:
+        view(inputs().float())
+    assert model.calls == 1
+
+
+def test_a_forward_that_cannot_be_traced_runs_unfolded():
+    model = lived_in(Untraceable())
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+    (line,) = unfolded(model)
+    assert line.startswith("Untraceable: bn: torch.fx cannot trace")
+
+
+def test_an_instance_forward_and_a_subclass_are_respected():
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = lived_in(Net())
+    model.bn1 = lived_in(Doubled(4))
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+    model.conv3.forward = lambda x: x * 0
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_tied_weights_stay_right():
+    model = lived_in(Net())
+    model.conv4.weight = model.conv3.weight
+    with frozen(model):
+        pass
+    model.conv3.weight.data.add_(1)
+    with torch.no_grad(), frozen(model) as view:
+        torch.testing.assert_close(view(inputs()), model.eval()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.2), ("fp16", 0.1)])
+@pytest.mark.parametrize("as_ensemble", [False, True])
+def test_low_precision_has_fp32_logits_near_the_model(precision, bound, as_ensemble):
+    torch.manual_seed(0)
+    model = Ensemble([digits_resnet(), digits_resnet()]) if as_ensemble else digits_resnet()
+    x = torch.rand(4, 1, 8, 8, requires_grad=True)
+    with frozen(model, precision) as view:
+        logits = view(x)
+        (grad,) = torch.autograd.grad(logits[:, 0].sum(), x)
+    assert logits.dtype == grad.dtype == torch.float32
+    exact = model.eval()(x)
+    (exact_grad,) = torch.autograd.grad(exact[:, 0].sum(), x)
+    assert 0 < (logits - exact).abs().max() < bound * exact.abs().max()
+    assert 0 < (grad - exact_grad).norm() < bound * exact_grad.norm()
+
+
+def test_batch_statistics_are_those_of_the_batch():
+    model = lived_in(Net())
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad(), frozen(model, bn_mode="batch") as view:
+        logits = view(inputs())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(logits, model.train()(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_refusals_name_the_argument():
+    model = Counting()
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"), frozen(model, "fp8"):
+        pass
+    with pytest.raises(ValueError, match="unknown bn_mode 'train'"), frozen(model, bn_mode="train"):
+        pass
+    with pytest.raises(ValueError, match=r"bfloat16 needs a copy of the model, but Counting cannot be copied"):
+        frozen(model, "bf16").__enter__()
+
+
+def test_auto_precision_depends_on_the_instructions(monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    assert resolve_precision("auto", Net()) == "bf16"
+    assert resolve_precision("auto", Net().double()) == "fp32"
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert resolve_precision("auto", Net()) == "fp32"
+
+
+def test_views_do_not_keep_models_alive():
+    for make in (Net, Counting, lambda: Ensemble([Net(), Net()])):
+        model = make()
+        with frozen(model):
+            pass
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
