@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import LAM, MU, author_loss, vectorised_loss
 from rich.console import Console
 from rich.table import Table
 from timing import Timing, compare
@@ -25,52 +26,6 @@ from ceat_fast.environment import describe_environment
 from ceat_fast.loss import ceat_loss
 
 SIZES = ((3, 128, 10), (3, 128, 100), (4, 512, 10), (3, 1024, 1000))
-LAM, MU = 1.0, 5.0
-
-
-def author_loss(adv: list[Tensor], nat: list[Tensor], target: Tensor) -> Tensor:
-    """Eq. 22 as a research script writes it: one member at a time, one pair of peers at a time."""
-    total = torch.zeros((), device=target.device)
-    onehot = F.one_hot(target, adv[0].shape[1]).float()
-    for m in range(len(adv)):
-        adv_prob, nat_prob = F.softmax(adv[m], dim=1), F.softmax(nat[m], dim=1)
-        adv_gap = torch.zeros(len(target), device=target.device)
-        nat_gap = torch.zeros(len(target), device=target.device)
-        for i in range(len(adv)):
-            for j in range(i + 1, len(adv)):
-                if m not in (i, j):
-                    index = target.unsqueeze(1)
-                    adv_h = [F.softmax(adv[n], dim=1).gather(1, index).squeeze(1).detach() for n in (i, j)]
-                    nat_h = [F.softmax(nat[n], dim=1).gather(1, index).squeeze(1).detach() for n in (i, j)]
-                    adv_gap = torch.maximum(adv_gap, (adv_h[0] - adv_h[1]).abs())
-                    nat_gap = torch.maximum(nat_gap, (nat_h[0] - nat_h[1]).abs())
-        nat_distance = ((nat_prob - onehot) ** 2).sum(1)
-        adv_distance = ((adv_prob - nat_prob) ** 2).sum(1)
-        total = total + F.cross_entropy(adv[m], target)
-        total = total + (LAM * torch.exp(LAM * nat_gap) * nat_distance).mean()
-        total = total + (MU * torch.exp(MU * adv_gap) * adv_distance).mean()
-    return total
-
-
-def vectorised_loss(adv: Tensor, nat: Tensor, target: Tensor) -> Tensor:
-    """Eq. 22 in a few tensor operations, the spread of the peers by masking each member out."""
-    members, _, classes = adv.shape
-    labels = target.expand(members, -1)
-    adv_log, nat_prob = adv.log_softmax(-1), nat.softmax(-1)
-    adv_prob = adv_log.exp()
-    index = labels.unsqueeze(-1)
-    ce = -adv_log.gather(-1, index).squeeze(-1)
-    self_mask = torch.eye(members, dtype=torch.bool, device=adv.device).unsqueeze(-1)
-
-    def spread(prob: Tensor) -> Tensor:
-        h = prob.detach().gather(-1, index).squeeze(-1).expand(members, -1, -1)
-        return h.masked_fill(self_mask, -1).amax(1) - h.masked_fill(self_mask, 2).amin(1)
-
-    onehot = F.one_hot(target, classes).to(adv.dtype)
-    nat_distance = (nat_prob - onehot).square().sum(-1)
-    adv_distance = (adv_prob - nat_prob).square().sum(-1)
-    loss = ce + LAM * (LAM * spread(nat_prob)).exp() * nat_distance + MU * (MU * spread(adv_prob)).exp() * adv_distance
-    return loss.mean(-1).sum()
 
 
 class Nothing(torch.autograd.Function):

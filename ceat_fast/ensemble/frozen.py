@@ -110,7 +110,9 @@ class _View:
         parts = _parts(model)
         if self._ensemble_settings != _ensemble_settings(model) or len(parts) != len(self._copies):
             return False
-        current = list(self.module.members) if isinstance(self.module, Ensemble) else [self.module]
+        current = [self.module]
+        if type(model) is Ensemble and isinstance(self.module, Ensemble):
+            current = list(self.module.members)
         return all(
             c.is_current(part) if c is not None else part is own
             for (_, part), own, c in zip(parts, current, self._copies, strict=True)

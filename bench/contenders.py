@@ -1,0 +1,131 @@
+"""The problems that throughput.py measures, and each way of solving them as a call without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peers
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ceat_fast import Ensemble
+from ceat_fast.attacks import PGD
+from ceat_fast.ensemble import frozen, tune
+from ceat_fast.methods import CEAT
+from ceat_fast.methods.base import Batch
+from ceat_fast.models import build_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One problem: an ensemble, a batch and an attack."""
+
+    model: str = "resnet20"
+    members: int = 3
+    batch: int = 128
+    side: int = 32
+    steps: int = 10
+    device: str = "cpu"
+    precision: str = "fp32"  # that of the attack's search
+
+    def build(self) -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [build_model(self.model, 10, 3).to(self.device).train() for _ in range(self.members)]
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(self.batch, 3, self.side, self.side, generator=generator)
+        return x.to(self.device), torch.randint(0, 10, (self.batch,), generator=generator).to(self.device)
+
+
+def sgd(members: list[nn.Module]) -> list[torch.optim.Optimizer]:
+    """One optimizer per member, as the paper has it."""
+    return [torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, weight_decay=1e-4) for m in members]
+
+
+def peer_calls(members: list[nn.Module], setting: Setting, compiled: bool) -> list[Callable[[Tensor], Tensor]]:
+    """The members as the plain loops call them: in bf16 through autocast, where the attack is in bf16."""
+    calls = [torch.compile(m) for m in members] if compiled else list(members)
+    if setting.precision == "fp32":
+        return calls
+
+    def cast(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with torch.autocast(torch.device(setting.device).type, DTYPES[setting.precision]):
+                return call(x)
+
+        return run
+
+    return [cast(call) for call in calls]
+
+
+def our_ensemble(setting: Setting) -> tuple[Ensemble, PGD]:
+    """Our ensemble in the execution that is the fastest here, and the attack."""
+    ensemble = Ensemble(setting.build())
+    tune(ensemble, setting.data()[0], precision=setting.precision, remember=False)
+    return ensemble, PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
+
+
+def pgd_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[], object]]:
+    """One PGD attack on one batch, each way."""
+    x, y = setting.data()
+    author, plain = setting.build(), [m.eval().requires_grad_(False) for m in setting.build()]
+    ensemble, attack = our_ensemble(setting)
+    index = torch.arange(len(x), device=x.device)
+    candidates: dict[str, Callable[[], object]] = {
+        "author": lambda: peers.author_pgd(author, x, y, setting.steps),
+        "eager": lambda: peers.eager_pgd(peer_calls(plain, setting, False), x, y, setting.steps),
+    }
+    if compiled:
+        calls = peer_calls([m.eval().requires_grad_(False) for m in setting.build()], setting, True)
+        candidates["compiled"] = lambda: peers.eager_pgd(calls, x, y, setting.steps)
+    candidates["ceat_fast"] = lambda: attack.perturb(ensemble, x, y, index)
+    return candidates
+
+
+def our_step(setting: Setting) -> Callable[[], object]:
+    """One CEAT step as the trainer makes it: attack, losses, backward, one optimizer over all members."""
+    ensemble, attack = our_ensemble(setting)
+    x, y = setting.data()
+    batch = Batch(x, y, torch.arange(len(x), device=x.device))
+    method = CEAT(peers.LAM, peers.MU)
+    optimizer = torch.optim.SGD(ensemble.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=True)
+
+    def step() -> None:
+        adversarial = method.perturb(attack.perturb, ensemble, batch)
+        optimizer.zero_grad()
+        method.step(ensemble, adversarial, batch).losses.sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def step_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[], object]]:
+    """One whole CEAT training step on one batch, each way."""
+    x, y = setting.data()
+    author, plain = setting.build(), setting.build()
+    author_sgd, plain_sgd = sgd(author), sgd(plain)
+    candidates: dict[str, Callable[[], object]] = {
+        "author": lambda: peers.author_step(author, author_sgd, x, y, setting.steps),
+        "eager": lambda: peers.eager_step(plain, peer_calls(plain, setting, False), plain_sgd, x, y, setting.steps),
+    }
+    if compiled:
+        members = setting.build()
+        calls, optimizers = peer_calls(members, setting, True), sgd(members)
+        candidates["compiled"] = lambda: peers.eager_step(members, calls, optimizers, x, y, setting.steps)
+    candidates["ceat_fast"] = our_step(setting)
+    return candidates
+
+
+def attack_flops(setting: Setting) -> int:
+    """Floating-point operations of one attack: forward passes and input gradients of all members."""
+    ensemble = Ensemble(setting.build(), "loop")
+    x, _ = setting.data()
+    with FlopCounterMode(display=False) as counter, frozen(ensemble) as view:
+        point = x[:1].requires_grad_()
+        view(point).sum().backward()
+    return counter.get_total_flops() * setting.batch * setting.steps

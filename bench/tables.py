@@ -1,0 +1,70 @@
+"""Tables of throughput.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def rate_table(title: str, results: list[dict[str, Any]], peaks: dict[str, float]) -> Table:
+    table = Table(title=title)
+    for heading in (
+        "attack in",
+        "way",
+        "seconds (quartiles)",
+        "images/s",
+        "ceat_fast is faster by",
+        "of the GEMM rate",
+    ):
+        table.add_column(heading, justify="left" if heading in ("attack in", "way") else "right")
+    for result in results:
+        for name, seconds in result["seconds"].items():
+            precision = result["setting"]["precision"] if name != "author" else "fp32"
+            share = ""
+            if name == "ceat_fast" and "attack_flops" in result:
+                rate = result["attack_flops"] / seconds["median"]
+                share = f"{rate / peaks[f'gemm_{precision}_flops']:.0%}"
+            table.add_row(
+                precision,
+                name,
+                f"{seconds['median']:.3g} ({seconds['low']:.3g} to {seconds['high']:.3g})",
+                f"{result['images_per_second'][name]:,.0f}",
+                f"{result['speedup'][name]:.2f}x",
+                share,
+            )
+        table.add_section()
+    return table
+
+
+def loss_table(results: list[dict[str, Any]], copy_rate: float) -> Table:
+    table = Table(title="CEAT loss, forward and backward")
+    for heading in ("(M, B, K)", "type", "microseconds", "eager", "GB/s", "of the copy rate"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        rate = result["bytes_per_second"]
+        table.add_row(
+            str(tuple(result["size"])),
+            result["dtype"],
+            f"{result['seconds']['ceat_fast']['median'] * 1e6:,.0f}",
+            f"{result['seconds']['eager']['median'] * 1e6:,.0f}",
+            f"{rate / 1e9:.2f}",
+            f"{rate / copy_rate:.0%}",
+        )
+    return table
+
+
+def growth_table(results: list[dict[str, Any]]) -> Table:
+    table = Table(title="PGD seconds as one thing grows")
+    for heading in ("varied", "value", "author", "ceat_fast", "faster by"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        seconds = {name: timing["median"] for name, timing in result["seconds"].items()}
+        table.add_row(
+            result["varied"],
+            str(result["setting"][result["varied"]]),
+            f"{seconds['author']:.3g}",
+            f"{seconds['ceat_fast']:.3g}",
+            f"{result['speedup']['author']:.2f}x",
+        )
+    return table
