@@ -76,6 +76,29 @@ def test_streams_need_a_gpu():
         ensemble("streams")(images())
 
 
+def test_graphs_need_a_gpu():
+    with pytest.raises(RuntimeError, match=r"backend='vmap\+graph': CUDA graphs need inputs on a CUDA device, got cpu"):
+        ensemble("vmap+graph")(images())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["loop+graph", "vmap+graph", "streams", "streams+channels_last+graph"])
+def test_executions_agree_on_a_gpu(backend):
+    expected, got = ensemble("loop").cuda(), ensemble(backend).cuda()
+    for turn in range(3):  # the second replays what the first captured, on other inputs and, in the third, weights
+        x = images().cuda().add(turn).requires_grad_()
+        grads = []
+        for ens in (expected, got):
+            if turn == 2:
+                torch.nn.init.ones_(ens.members[0].fc.weight)
+            with frozen(ens) as view:
+                logits = view(x)
+                grads.append(torch.autograd.grad(logits[:, 0].sum(), x)[0])
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
+    with torch.no_grad(), frozen(got) as view:
+        torch.testing.assert_close(view(x), expected.eval()(x), rtol=1e-9, atol=1e-9)
+
+
 def test_the_fastest_is_chosen_remembered_and_used(monkeypatch):
     seconds = {"loop": 3.0, "loop+channels_last": 2.0, "vmap": 1.0}
     monkeypatch.setattr(tuning, "_race", lambda *_: (seconds, {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
 from ceat_fast.ensemble.execution import AUTO, Execution, default_execution
+from ceat_fast.ensemble.graphs import GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
 from ceat_fast.ensemble.streams import run_in_streams
 from ceat_fast.ops import reference
@@ -58,6 +60,7 @@ class Ensemble(nn.Module):
         self.tuned: Execution | None = None  # what "auto" takes, once it was measured
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._graphs = GraphedCalls()
 
     def execution(self, device: torch.device) -> Execution:
         """How the members run on inputs on `device`."""
@@ -93,6 +96,21 @@ class Ensemble(nn.Module):
         elif per_member and (x.dim() < 2 or x.shape[0] != count):
             raise ValueError(f"per_member=True needs x of shape ({count}, B, ...), got {tuple(x.shape)}")
         execution = self.execution(x.device)
+        if execution.graph and self._can_capture(x):
+            run = partial(self._run, execution, per_member=per_member)
+            return self._graphs((execution, per_member), run, x)
+        return self._run(execution, x, per_member=per_member)
+
+    def _can_capture(self, x: Tensor) -> bool:
+        """Only the frozen view has a gradient for nothing but its input."""
+        if x.device.type != "cuda":
+            raise RuntimeError(f"backend={self.backend!r}: CUDA graphs need inputs on a CUDA device, got {x.device}")
+        frozen = not any(parameter.requires_grad for parameter in self.parameters())
+        capturing = torch.cuda.is_current_stream_capturing()
+        return frozen and x.requires_grad and torch.is_grad_enabled() and not capturing
+
+    def _run(self, execution: Execution, x: Tensor, *, per_member: bool) -> Tensor:
+        count = len(self.members)
         if execution.members != "vmap":
             rows = x.unbind(0) if per_member else [x] * count
             return _stack_logits(self._run_each(execution, [execution.arrange(row) for row in rows]))
@@ -130,7 +148,7 @@ class Ensemble(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has storage of its own; it makes its own groups.
-        return {**self.__dict__, "_groups": None, "_compiled": []}
+        return {**self.__dict__, "_groups": None, "_compiled": [], "_graphs": GraphedCalls()}
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, average={self.average!r}"

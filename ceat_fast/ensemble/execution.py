@@ -22,11 +22,14 @@ class Execution:
             architecture as one batched module.
         channels_last: image batches (B, C, H, W), and the weights of an attacked view, in that memory format.
         compile: through torch.compile.
+        graph: on CUDA, replay the frozen view's forward and backward as CUDA graphs. Where there is nothing to capture
+            (in training, or without a gradient for the input) it makes no difference.
     """
 
     members: str = "loop"
     channels_last: bool = False
     compile: bool = False
+    graph: bool = False
 
     def __str__(self) -> str:
         return "+".join([self.members, *(f.name for f in fields(self)[1:] if getattr(self, f.name))])

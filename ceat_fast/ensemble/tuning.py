@@ -11,6 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def candidates(device: torch.device) -> list[Execution]:
     ways = [Execution("loop"), Execution("loop", channels_last=True), Execution("vmap")]
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
+        ways += [replace(way, graph=True) for way in ways]
     return ways
 
 
@@ -98,7 +100,7 @@ def _measure(ensemble: Ensemble, x: Tensor, precision: str, passes: int) -> dict
     compiled_measured = bool(times) and min(times.values()) * passes > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))
-        contenders = [best, Execution(best.members, best.channels_last, compile=True)]
+        contenders = [best, replace(best, compile=True)]
         times_again, failed_again = _race(ensemble, x, precision, contenders)
         times, failed = times | times_again, failed | failed_again
     if not times:
