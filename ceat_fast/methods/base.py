@@ -1,19 +1,34 @@
 """What a training method is: how the inputs are perturbed, and one differentiable loss per member.
 
-The trainer calls `perturb`, then `step`, both in train mode, and back-propagates the sum of the member losses. A method
-is a dataclass: its fields are its settings, on the command line too.
+The trainer works on a copy of the configured method, calls `begin_epoch` before the first batch of each epoch, then for
+each batch `perturb` and `step`, both in train mode, and back-propagates the sum of the member losses. A method is a
+dataclass: its fields are its settings, on the command line too. One of your own defines `member_losses`
+(docs/methods.md has an example).
+
+Conventions that all methods here keep:
+
+* The search of adversarial inputs sees the members in eval mode. The passes whose losses are trained are in train mode:
+  first the adversarial batch, then the clean one, then what the method has beside them, each normalised by its own
+  BatchNorm statistics.
+* Losses are means over the batch. Where a term belongs to all members together, each loss holds 1/M of it, so that the
+  sum of the losses has it once. One optimizer for all members and one for each take the same steps, since momentum SGD
+  and Adam treat every parameter by itself; only a bound of the gradient norm tells them apart.
+* Arithmetic is in fp32 whatever the dtype of the logits, in fp64 for fp64.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ceat_fast.ensemble import Ensemble
+from ceat_fast.methods.calibrated import CalibratedDistance
+from ceat_fast.methods.labels import settings_label
+from ceat_fast.methods.terms import cross_entropy, true_class_disparity
 
 
 class Attack(Protocol):
@@ -33,36 +48,102 @@ class Batch(NamedTuple):
     indices: Tensor  # (B,) int64, position in the data set: the key of the attack noise
 
 
+class Epoch(NamedTuple):
+    """Where a run stands."""
+
+    number: int  # counted from 0
+    total: int  # epochs of the whole run
+    samples: int  # training images; indices of batches lie below
+    seed: int  # for what a method draws once per epoch: other for each epoch, the same in every process of a run
+
+
 class StepOutput(NamedTuple):
-    """What a method returns for one batch; everything but `losses` is without gradient and is only logged."""
+    """What a method returns for one batch; everything but `losses` is only logged once `Method.step` returns it."""
 
     losses: Tensor  # (M,), member m's loss, averaged over the batch
-    parts: Mapping[str, Tensor]  # name -> (M, B); names that end in "_disparity" also get a histogram
-    adv_logits: Tensor  # (M, B, K)
-    nat_logits: Tensor | None  # (M, B, K); None where the method needs no clean forward
+    parts: Mapping[str, Tensor]  # name -> (M, B), or (1, B) for what the members share, without gradient;
+    #                              names that end in "_disparity" also get a histogram
+    adv_logits: Tensor | None  # (M, B, K) on the adversarial input; None where the method has none
+    nat_logits: Tensor | None  # (M, B, K) on the clean input; None where the method needs no clean forward
 
 
+@dataclass
 class Method(ABC):
-    """Base of all training methods."""
+    """Base of all training methods.
+
+    Args:
+        plus_ceat: adds the calibrated distance of CEAT to every member's loss (Table 2 of the paper). A method without
+            a clean pass gets one, in train mode, after its own passes.
+    """
+
+    plus_ceat: CalibratedDistance | None = field(default=None, kw_only=True)
 
     goal: ClassVar[str] = "ensemble"  # whom the training attack is aimed at: "ensemble" (eq. 3) or "members" (eq. 2)
+    least_members: ClassVar[int] = 1
+    always_in_label: ClassVar[tuple[str, ...]] = ()  # settings that tables show even where they are the default
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of the dataclass by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def label(self) -> str:
-        """Name and numbers for tables and figures, for example "CEAT(lam=1, mu=5)"."""
-        numbers = {name: value for name, value in self.settings.items() if type(value) in (int, float)}
-        inner = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
-        return type(self).__name__ + (f"({inner})" if inner else "")
+        """Name for tables and figures, with the settings that are not the default, for example "ADP(alpha=1) + L^D"."""
+        name = settings_label(type(self).__name__, self, always=self.always_in_label, never=("plus_ceat",))
+        return name if self.plus_ceat is None else f"{name} + {self.plus_ceat.label}"
+
+    def begin_epoch(self, epoch: Epoch) -> None:  # noqa: B027 - most methods have nothing to do here
+        """Called before the first batch of each epoch, also of the first one after a resume."""
 
     def perturb(self, attack: Attack, ensemble: Ensemble, batch: Batch) -> Tensor:
-        """Adversarial inputs for one batch; `attack` is the configured one, aimed at `goal`."""
+        """The inputs that need a search; `step` gets them as they are.
+
+        `attack` is the configured one, aimed at `goal`. Methods that search several kinds of inputs stack them along a
+        dimension in front.
+        """
         return attack(ensemble, batch.images, batch.labels, batch.indices)
 
     @abstractmethod
+    def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
+        """Forward passes in train mode, and each member's own loss; logits keep their gradient for `plus_ceat`."""
+
     def step(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
-        """Forward passes in train mode and the losses of one batch."""
+        """The losses of one batch with `plus_ceat`, and what is logged.
+
+        Every method logs "ce", the cross-entropy of the adversarial input, and "adv_disparity".
+
+        Raises:
+            ValueError: fewer members than the method needs.
+        """
+        if len(ensemble.members) < self.least_members:
+            raise ValueError(
+                f"{type(self).__name__} needs at least {self.least_members} members, got {len(ensemble.members)}"
+            )
+        output = self.member_losses(ensemble, adversarial, batch)
+        if self.plus_ceat is not None:
+            output = self._with_distance(self.plus_ceat, output, ensemble, batch)
+        parts = dict(output.parts)
+        if output.adv_logits is not None and "adv_disparity" not in parts:
+            parts["ce"] = cross_entropy(output.adv_logits.detach(), batch.labels)
+            parts["adv_disparity"] = true_class_disparity(parts["ce"])
+        adv, nat = (None if z is None else z.detach() for z in (output.adv_logits, output.nat_logits))
+        return StepOutput(output.losses, parts, adv, nat)
+
+    def _with_distance(
+        self, distance: CalibratedDistance, output: StepOutput, ensemble: Ensemble, batch: Batch
+    ) -> StepOutput:
+        if output.adv_logits is None:
+            raise ValueError(f"plus_ceat needs adversarial inputs, which {type(self).__name__} does not have")
+        nat_logits = output.nat_logits
+        if nat_logits is None:
+            nat_logits = ensemble.member_logits(batch.images, per_member=False)
+        extra, parts = distance.distances(output.adv_logits, nat_logits, batch.labels)
+        return StepOutput(output.losses + extra, {**output.parts, **parts}, output.adv_logits, nat_logits)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that the method carries from epoch to epoch; a checkpoint holds them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most methods have no state
+        """Take back what `state_dict` gave."""

@@ -15,45 +15,37 @@ At learning rates above the paper's 0.01 members can collapse to a constant outp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.loss import CEATLoss, ceat_loss
+from ceat_fast.loss import ceat_loss
 from ceat_fast.methods.base import Batch, Method, StepOutput
+from ceat_fast.methods.calibrated import DistanceSettings
+from ceat_fast.methods.smoothing import LabelSmoothing
+from ceat_fast.methods.terms import cross_entropy
 
 
 @dataclass
-class CEAT(Method):
-    """Cross-entropy plus the calibrated distances (eq. 22); `ceat_fast.loss.ceat_loss` says more about each setting.
+class CEAT(DistanceSettings, LabelSmoothing, Method):
+    """Cross-entropy plus the calibrated distances (eq. 22); the settings are those of `DistanceSettings`."""
 
-    Args:
-        lam: coefficient of the clean distance and, unless lam_exponent is given, exponent of its weight, >= 0.
-        mu: the same for the adversarial distance, >= 0.
-        lam_exponent: exponent of the clean weight, if it is not lam.
-        mu_exponent: exponent of the adversarial weight, if it is not mu.
-        pair_reduction: how the disparities of several peer pairs become one: "max", "mean" or "sum".
-        distance_reduction: squared distances are a "sum" or a "mean" over classes.
-        detach_nat: no gradient through the clean probabilities of the adversarial distance.
-        max_weight: upper bound of the exponential weights, >= 1; none by default.
-        impl: backend of the loss: "auto", "native", "triton" or "torch".
-    """
-
-    lam: float = 1.0
-    mu: float = 5.0
-    lam_exponent: float | None = None
-    mu_exponent: float | None = None
-    pair_reduction: str = "max"
-    distance_reduction: str = "sum"
-    detach_nat: bool = False
-    max_weight: float | None = None
-    impl: str = "auto"
+    always_in_label: ClassVar[tuple[str, ...]] = ("lam", "mu")
 
     def __post_init__(self) -> None:
-        CEATLoss(**self.settings)  # refuses what is out of range
+        super().__post_init__()
+        LabelSmoothing.__post_init__(self)
+        if self.plus_ceat is not None:
+            raise ValueError(f"plus_ceat must be left out of CEAT, which has that distance, got {self.plus_ceat}")
 
-    def step(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
-        adv_logits = ensemble.member_logits(adversarial)
-        nat_logits = ensemble.member_logits(batch.images)
-        losses, parts = ceat_loss(adv_logits, nat_logits, batch.labels, return_parts=True, **self.settings)
-        return StepOutput(losses, parts._asdict(), adv_logits.detach(), nat_logits.detach())
+    def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
+        adv_logits = ensemble.member_logits(adversarial, per_member=False)
+        nat_logits = ensemble.member_logits(batch.images, per_member=False)
+        if self.samples == "all":
+            losses, pieces = ceat_loss(adv_logits, nat_logits, batch.labels, return_parts=True, **self.loss_settings)
+            parts = pieces._asdict()
+        else:
+            distances, parts = self.distances(adv_logits, nat_logits, batch.labels)
+            losses = cross_entropy(adv_logits, batch.labels).mean(1) + distances
+        return StepOutput(self.smoothed(losses, adv_logits, batch.labels), parts, adv_logits, nat_logits)

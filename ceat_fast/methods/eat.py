@@ -10,20 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.loss import disparity
 from ceat_fast.methods.base import Batch, Method, StepOutput
+from ceat_fast.methods.smoothing import LabelSmoothing
+from ceat_fast.methods.terms import cross_entropy, true_class_disparity
 
 
 @dataclass
-class EAT(Method):
-    """Cross-entropy of every member on the ensemble's adversarial input (eq. 5); it has no settings."""
+class EAT(LabelSmoothing, Method):
+    """Cross-entropy of every member on the ensemble's adversarial input (eq. 5)."""
 
-    def step(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
-        logits = ensemble.member_logits(adversarial)
-        labels = batch.labels.expand(logits.shape[0], -1)
-        ce = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
-        parts = {"ce": ce.detach(), "adv_disparity": disparity((-ce.detach()).exp())}  # p[y] = e^-CE
-        return StepOutput(ce.mean(1), parts, logits.detach(), None)
+    def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
+        logits = ensemble.member_logits(adversarial, per_member=self.goal == "members")
+        ce = cross_entropy(logits, batch.labels)
+        parts = {"ce": ce.detach(), "adv_disparity": true_class_disparity(ce.detach())}
+        return StepOutput(self.smoothed(ce.mean(1), logits, batch.labels), parts, logits, None)

@@ -1,0 +1,105 @@
+"""Intermediate features of any model, by the name of a submodule.
+
+Layers of different architectures correspond by relative depth: the layer at depth d in [0, 1) of a model with L layers
+is the one with the index floor(d * L), in the order of `named_modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ceat_fast.choices import unknown_name
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer whose output it carries."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+def feature_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose outputs are taken as features.
+
+    Those are the normalisation layers, whose outputs come before the activation and are alike in scale, or the
+    convolutions of a model without normalisation; and the linear layers, of which the last one gives the logits.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    modules = dict(model.named_modules())
+    kinds = _NORMS if any(isinstance(module, _NORMS) for module in modules.values()) else _CONVOLUTIONS
+    names = [name for name, module in modules.items() if isinstance(module, (*kinds, nn.Linear))]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no normalisation, convolution or linear layer to take features from; "
+            "name modules of it in `layers`"
+        )
+    return names
+
+
+def layers_at(models: Sequence[nn.Module], depth: float, names: Sequence[str] | None = None) -> list[str]:
+    """The layer at relative depth `depth`, in [0, 1), of each model.
+
+    Args:
+        models: the members.
+        depth: 0 is the first layer.
+        names: choose among these, in this order, instead of `feature_layers`; every model must have them.
+
+    Raises:
+        ValueError: a model without a layer of one of these names.
+    """
+    chosen = []
+    for index, model in enumerate(models):
+        layers = feature_layers(model) if names is None else list(names)
+        unknown = set(layers) - dict(model.named_modules()).keys()
+        if unknown:
+            known = [name for name, _ in model.named_modules() if name]
+            raise ValueError(unknown_name(f"layer of member {index}", min(unknown), known))
+        chosen.append(layers[int(depth * len(layers))])
+    return chosen
+
+
+def features(model: nn.Module, layer: str, x: Tensor) -> Tensor:
+    """Output of the submodule `layer` for the input x, (B, ...); the forward pass ends there.
+
+    Raises:
+        ValueError: the forward pass does not come to that submodule.
+    """
+
+    def stop(output: Tensor) -> Tensor:
+        raise _Reached(output)
+
+    with replaced_output(model, layer, stop):
+        try:
+            model(x)
+        except _Reached as reached:
+            return reached.features
+    raise ValueError(f"the forward pass of {type(model).__name__} does not run its layer {layer!r}")
+
+
+@contextmanager
+def replaced_output(model: nn.Module, layer: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within a `with` block, what the submodule `layer` computes goes through `replace`."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return replace(output)
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
