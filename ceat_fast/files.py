@@ -43,12 +43,27 @@ def write_folder(path: PathLike, fill: Callable[[Path], None]) -> None:
     try:
         fill(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def remove_folder(path: PathLike) -> None:
+    """Remove a folder; under its name it is whole or gone at any time. `remove_temporaries` finishes what was killed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    os.replace(path, temporary)
+    shutil.rmtree(temporary)
+
+
+def remove_temporaries(folder: PathLike) -> None:
+    """Remove what `write_atomic` and `write_folder` left in `folder` when they were killed."""
+    for path in Path(folder).glob(".*.tmp-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in the folder last."""
     if os.name == "posix":  # a folder cannot be opened for fsync elsewhere
         descriptor = os.open(folder, os.O_RDONLY)
         try:

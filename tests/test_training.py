@@ -11,74 +11,33 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from tiny_training import Tiny, tiny_config, train, without_time
+from torch import nn
 
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods import CEAT, EAT, StepOutput
+from ceat_fast.methods import CEAT, EAT, Batch, Method, Standard, StepOutput
 from ceat_fast.training import (
+    SGD,
     AttackConfig,
+    CheckpointConfig,
     DataConfig,
+    MultiStep,
     NonFiniteLossError,
-    OptimizerConfig,
     Run,
     TrainConfig,
     Trainer,
     load_config,
 )
-from ceat_fast.training.checkpoint import last_checkpoint
 from ceat_fast.training.config import config_to_yaml
 from ceat_fast.training.metrics import EpochMetrics, histogram
 from ceat_fast.training.run import build_ensemble
 from ceat_fast.training.seeds import stream_seed
 
 
-class Tiny(nn.Module):
-    """BatchNorm and a linear layer: enough for statistics, and fast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(1)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.norm(x).flatten(1))
-
-
-def tiny(num_classes: int, in_channels: int) -> nn.Module:
-    assert (num_classes, in_channels) == (10, 1)
-    return Tiny()
-
-
-def tiny_config(out: Path, **changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "out": str(out),
-        "method": CEAT(impl="torch"),
-        "models": [f"{__name__}:tiny"] * 3,
-        "data": DataConfig("digits", train_images=96),
-        "attack": AttackConfig(eps=0.1, alpha=0.05, steps=2),
-        "evaluation": AttackConfig(eps=0.1, alpha=0.05, steps=2),
-        "optimizer": OptimizerConfig(lr=0.05, milestones=[2]),
-        "epochs": 3,
-        "batch_size": 40,  # 96 images: two full batches and a smaller one
-        "device": "cpu",
-    }
-    return TrainConfig(**(settings | changes))
-
-
-def train(config: TrainConfig, **arguments: Any) -> Trainer:
-    trainer = Trainer(config, console=Console(quiet=True), **arguments)
-    trainer.fit()
-    return trainer
-
-
-def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in records]
-
-
 def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
-    optimizer = OptimizerConfig(lr=0.05, milestones=[], grad_clip=1.0)
-    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=optimizer))
+    optimizer = SGD(lr=0.05, grad_clip=1.0)
+    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=optimizer, schedule=MultiStep(milestones=[])))
     records = trainer.run.metrics
     assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["ce"] < 0.8 * records[0]["ce"]
@@ -115,10 +74,10 @@ def test_resume_trains_epochs_again_that_no_checkpoint_holds(tmp_path: Path) -> 
     class CrashingTrainer(Trainer):
         def _save(self) -> None:
             super()._save()
-            if self.epochs_done == 2:
+            if self.position.epoch == 2:
                 raise Crash
 
-    config = tiny_config(tmp_path / "crashed", checkpoint_every=2)
+    config = tiny_config(tmp_path / "crashed", checkpoint=CheckpointConfig(every=2))
     crashing = CrashingTrainer(config, console=Console(quiet=True))
     with pytest.raises(Crash):
         crashing.fit()
@@ -141,12 +100,13 @@ def test_a_step_is_one_sgd_step_per_member_on_its_own_loss(tmp_path: Path) -> No
         batch_size=96,
         attack=AttackConfig(eps=0.1, alpha=0.05, steps=0, random_start=False),
         data=DataConfig("digits", train_images=96, augment="none"),
-        optimizer=OptimizerConfig(lr=0.1, momentum=0.0, weight_decay=0.0, milestones=[]),
+        optimizer=SGD(lr=0.1, momentum=0.0, weight_decay=0.0),
+        schedule=MultiStep(milestones=[]),
     )
     dataset = load_dataset("digits")
     images, labels = dataset.train_images[:96].float() / 16, dataset.train_labels[:96]
     expected = []
-    for member in build_ensemble(config, dataset, torch.device("cpu")).members:
+    for member in build_ensemble(config, dataset).members:
         nn.functional.cross_entropy(member.train()(images), labels).backward()
         expected.append(member.fc.weight - 0.1 * member.fc.weight.grad)
     for member, weight in zip(train(config).ensemble.members, expected, strict=True):
@@ -162,9 +122,9 @@ def test_the_training_attack_leaves_the_running_statistics_alone(tmp_path: Path)
 
 def test_gradients_are_clipped_per_member(tmp_path: Path) -> None:
     def change(grad_clip: float | None, name: str) -> list[float]:
-        optimizer = OptimizerConfig(lr=0.1, momentum=0.0, weight_decay=0.0, milestones=[], grad_clip=grad_clip)
+        optimizer = SGD(lr=0.1, momentum=0.0, weight_decay=0.0, grad_clip=grad_clip)
         config = tiny_config(tmp_path / name, epochs=1, batch_size=96, optimizer=optimizer)
-        before = build_ensemble(config, load_dataset("digits"), torch.device("cpu"))
+        before = build_ensemble(config, load_dataset("digits"))
         pairs = zip(train(config).ensemble.members, before.members, strict=True)
         return [
             math.sqrt(sum((a - b).square().sum().item() for a, b in zip(x.parameters(), y.parameters(), strict=True)))
@@ -175,25 +135,13 @@ def test_gradients_are_clipped_per_member(tmp_path: Path) -> None:
     assert change(0.05, "clipped") == pytest.approx([0.1 * 0.05] * 3, rel=1e-4)
 
 
-def test_learning_rate_is_that_of_torch_with_a_linear_warm_up() -> None:
-    settings = OptimizerConfig(lr=0.01, milestones=[75, 95])
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [75, 95], 0.1)
-    for epoch in range(120):
-        assert settings.learning_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
-        optimizer.step()
-        scheduler.step()
-    warm = OptimizerConfig(lr=0.4, milestones=[], warmup_epochs=3)
-    assert [warm.learning_rate(epoch) for epoch in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-
-
 def test_members_start_from_streams_of_their_own() -> None:
     config = tiny_config(Path("unused"))
     dataset = load_dataset("digits")
     state = torch.random.get_rng_state()
-    a, b, _c = build_ensemble(config, dataset, torch.device("cpu")).members
+    a, b, _c = build_ensemble(config, dataset).members
     assert not torch.equal(a.fc.weight, b.fc.weight)
-    pair = build_ensemble(dataclasses.replace(config, models=config.models[:2]), dataset, torch.device("cpu"))
+    pair = build_ensemble(dataclasses.replace(config, models=config.models[:2]), dataset)
     assert torch.equal(pair.members[1].fc.weight, b.fc.weight)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert stream_seed(0, "data", 1) != stream_seed(0, "attack", 1) != stream_seed(1, "attack", 1)
@@ -219,17 +167,6 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
         Trainer(changed)
 
 
-def test_only_the_newest_checkpoint_is_kept_and_it_is_safe_to_load(tmp_path: Path) -> None:
-    trainer = train(tiny_config(tmp_path / "run"))
-    assert [path.name for path in trainer.run.checkpoints.iterdir()] == ["epoch-00003"]
-    path = last_checkpoint(trainer.run.checkpoints)
-    assert path is not None
-    torch.load(path / "state.pt", weights_only=True)
-    ensemble = trainer.run.load_ensemble(load_dataset("digits"), "cpu")
-    for name, tensor in trainer.ensemble.state_dict().items():
-        assert torch.equal(tensor, ensemble.state_dict()[name]), name
-
-
 class Exploding(EAT):
     """EAT whose member 1 has an infinite loss in the second batch."""
 
@@ -245,10 +182,10 @@ class Exploding(EAT):
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_place(tmp_path: Path) -> None:
     train(tiny_config(tmp_path / "run", method=Exploding(), batch_size=96, epochs=1))
-    kept = tmp_path / "run" / "checkpoints" / "epoch-00001"
+    kept = tmp_path / "run" / "checkpoints" / "step-000000001"
     config = tiny_config(tmp_path / "run", method=Exploding(), batch_size=96, epochs=3, resume=True)
     config.method.calls = 1  # type: ignore[attr-defined]
-    with pytest.raises(NonFiniteLossError, match=f"loss inf in epoch 2, batch 1, member 1 .*max_weight.*{kept}"):
+    with pytest.raises(NonFiniteLossError, match=f"loss inf in epoch 2, batch 1, member 1; .*max_weight.*{kept}"):
         train(config)
     assert kept.is_dir()
     assert [record["epoch"] for record in Run.open(tmp_path / "run").metrics] == [1]
@@ -308,8 +245,16 @@ def test_a_config_survives_its_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configs_are_valid(path: Path) -> None:
     config = load_config(path)
-    assert len(config.models) == 3
-    assert config.optimizer.learning_rate(config.epochs - 1) == pytest.approx(config.optimizer.lr / 100)
+    assert len(config.models) == (4 if "four" in path.stem else 3)
+    assert config.out == f"runs/{path.stem}"
+    assert config.data.name == path.stem.split("_")[0]
+    assert ("mixed" in path.stem) == (len(set(config.models)) == 3)
+    if isinstance(config.method, CEAT):
+        assert path.stem == "digits_ceat" or path.stem.endswith(f"ceat_{config.method.lam:g}_{config.method.mu:g}")
+    else:
+        assert type(config.method) is EAT
+        assert path.stem.endswith("eat")
+    assert config.schedule.factor(config.epochs * 10 - 1, 10, config.epochs) == pytest.approx(0.01)
 
 
 def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
@@ -318,7 +263,7 @@ def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
     assert config.method == CEAT(lam=1.0, mu=5.0)
     assert (config.models, config.epochs, config.batch_size) == (["resnet20"] * 3, 120, 128)
     assert (config.attack.eps, config.attack.alpha, config.attack.steps) == (0.031, 0.007, 10)
-    assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.milestones) == (0.01, 0.9, [75, 95])
+    assert (config.optimizer, config.schedule) == (SGD(0.01, 1e-4, None, 0.9, False), MultiStep(0, [75, 95], 0.1))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +275,7 @@ def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
         ("optimizer: {lt: 0.1}", "lt"),
         ("optimizer: {lr: -1}", "optimizer.lr must be positive"),
         ("optimizer: {momentum: 1.0}", r"optimizer.momentum must be in \[0, 1\)"),
-        ("optimizer: {milestones: [9, 5]}", "optimizer.milestones must be epochs in rising order"),
+        ("schedule: {milestones: [9, 5]}", "schedule.milestones must be epochs above 0 in rising order"),
         ("optimizer: {grad_clip: 0}", "optimizer.grad_clip must be positive"),
         ("attack: {eps: 8/0}", "eps must be a number or a fraction"),
         ("data: {name: cifar}", "did you mean 'cifar10'"),
@@ -346,3 +291,32 @@ def test_wrong_settings_are_refused_with_the_file_and_the_name(tmp_path: Path, t
     with pytest.raises(ValueError, match=message) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [EAT(label_smoothing=0.3), Standard(label_smoothing=0.3), CEAT(label_smoothing=0.3, impl="torch")],
+    ids=lambda method: type(method).__name__,
+)
+def test_label_smoothing_is_that_of_torch(method: Method) -> None:
+    torch.manual_seed(0)
+    ensemble = Ensemble([Tiny(), Tiny(), Tiny()], backend="loop").eval()
+    batch = Batch(torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 9]), torch.arange(5))
+    adversarial = batch.images if type(method) is Standard else torch.rand(5, 1, 8, 8)
+    hard = dataclasses.replace(method, label_smoothing=0.0).step(ensemble, adversarial, batch).losses
+    soft = method.step(ensemble, adversarial, batch).losses
+    for m, member in enumerate(ensemble.members):
+        logits = member(adversarial)
+        ce, smooth = (nn.functional.cross_entropy(logits, batch.labels, label_smoothing=s) for s in (0.0, 0.3))
+        torch.testing.assert_close(soft[m] - hard[m], smooth - ce, rtol=1e-4, atol=1e-5)
+    assert (soft != hard).all()
+
+
+@pytest.mark.parametrize("name", ["SCORE", "MART", "GAL"])
+def test_methods_without_a_cross_entropy_of_their_own_refuse_label_smoothing(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"method: {{class_path: {name}, init_args: {{label_smoothing: 0.1}}}}")
+    with pytest.raises(ValueError, match="'label_smoothing' is not accepted"):
+        load_config(path)
+    with pytest.raises(ValueError, match="label_smoothing must be at least 0 and at most 1"):
+        EAT(label_smoothing=1.5)

@@ -35,6 +35,7 @@ def iterate_batches(
     augment: str = "none",
     scale: float = 255.0,
     drop_last: bool = False,
+    skip: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (float images in [0, 1], labels, sample indices) over the whole set once.
 
@@ -48,6 +49,7 @@ def iterate_batches(
             "crop_flip" (4 pixels and a horizontal flip with probability 1/2, for natural images).
         scale: the uint8 value that means 1.0 (`Dataset.scale`).
         drop_last: leave out a last batch that is not full.
+        skip: leave out so many of the first batches; the others are what they are without it.
 
     Raises:
         ValueError: an unknown augmentation, an augmentation without generator, or a batch size below 1.
@@ -57,7 +59,7 @@ def iterate_batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if generator is None and augment != "none":
         raise ValueError(f"augment={augment!r} needs a generator")
-    return _batches(images, labels, batch_size, generator, _AUGMENTATIONS[augment], scale, drop_last)
+    return _batches(images, labels, batch_size, generator, _AUGMENTATIONS[augment], scale, drop_last, skip)
 
 
 def _batches(
@@ -68,6 +70,7 @@ def _batches(
     augmentation: _Augmentation,
     scale: float,
     drop_last: bool,
+    skip: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     count, device = len(images), images.device
     order = torch.arange(count, device=device)
@@ -82,7 +85,7 @@ def _batches(
         if augmentation.flip:
             flip = torch.randint(2, (count,), generator=generator, device=source).to(device).bool()
     end = count - count % batch_size if drop_last else count
-    for start in range(0, end, batch_size):
+    for start in range(skip * batch_size, end, batch_size):
         index = order[start : min(start + batch_size, end)]
         batch = images[index]
         if augmentation.padding:

@@ -1,122 +1,67 @@
 """The typed settings of a training run; command line, YAML and help are derived from it.
 
-A config file is YAML with the same tree (see configs/). The method is given by class name and arguments:
+A config file is YAML with the same tree (see configs/). What has kinds is given by class name and arguments:
 
     method: {class_path: CEAT, init_args: {lam: 1, mu: 5}}
+    optimizer: {class_path: Adam, init_args: {lr: 0.001}}
+    schedule: Cosine
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ceat_fast.attacks import PGD
 from ceat_fast.choices import require_choice
-from ceat_fast.data import AUGMENTATIONS, DATASETS
 from ceat_fast.methods import CEAT, Method
+from ceat_fast.training.averaging import EMA, SWA, WeightAverage
+from ceat_fast.training.checks import require, require_positive
+from ceat_fast.training.optimizers import SGD, Adam, AdamW, OptimizerConfig
+from ceat_fast.training.schedules import Cosine, MultiStep, OneCycle, Schedule
+from ceat_fast.training.settings import (
+    AttackConfig,
+    CheckpointConfig,
+    DataConfig,
+    ParallelConfig,
+    ValidationConfig,
+    WatchConfig,
+)
 
+__all__ = [
+    "EMA",
+    "SGD",
+    "SWA",
+    "Adam",
+    "AdamW",
+    "AttackConfig",
+    "CheckpointConfig",
+    "Cosine",
+    "DataConfig",
+    "MultiStep",
+    "OneCycle",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Schedule",
+    "TrainConfig",
+    "ValidationConfig",
+    "WatchConfig",
+    "WeightAverage",
+    "build_config",
+    "config_parser",
+    "config_to_dict",
+    "config_to_yaml",
+    "differences",
+    "load_config",
+    "setting_names",
+]
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _require_positive(owner: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(math.isfinite(value) and value > 0, prefix + name, value, "positive and finite")
-
-
-@dataclass
-class DataConfig:
-    """Which data set.
-
-    Args:
-        name: name of the data set.
-        root: folder of its files; the library's default if not given.
-        augment: "auto" (what suits the data set), "none", "shift", "crop" or "crop_flip".
-        train_images: use only the first so many training images, for quick tries.
-    """
-
-    name: str = "cifar10"
-    root: str | None = None
-    augment: str = "auto"
-    train_images: int | None = None
-
-    def __post_init__(self) -> None:
-        require_choice("data set", self.name, DATASETS)
-        require_choice("augmentation", self.augment, ("auto", *AUGMENTATIONS))
-        if self.train_images is not None:
-            _require_positive(self, "data.", "train_images")
-
-
-@dataclass
-class AttackConfig:
-    """An Linf PGD attack on images in [0, 1].
-
-    Args:
-        eps: radius, a number or a fraction such as "8/255".
-        alpha: step size, a number or a fraction.
-        steps: gradient steps.
-        restarts: random starts, of which the worst counts.
-        random_start: start at a uniformly random point of the ball.
-    """
-
-    eps: float | str = 0.031
-    alpha: float | str = 0.007
-    steps: int = 10
-    restarts: int = 1
-    random_start: bool = True
-
-    def __post_init__(self) -> None:
-        PGD(**vars(self))  # refuses what is out of range
-
-
-@dataclass
-class OptimizerConfig:
-    """SGD, one optimizer per member.
-
-    Args:
-        lr: learning rate after warm-up and before the first milestone.
-        momentum: momentum, in [0, 1).
-        weight_decay: L2 penalty.
-        nesterov: Nesterov momentum.
-        milestones: epochs at which the learning rate is multiplied by gamma.
-        gamma: that factor.
-        warmup_epochs: the learning rate rises linearly over so many epochs.
-        grad_clip: upper bound of the gradient norm of each member; none by default.
-    """
-
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
-    milestones: list[int] = field(default_factory=lambda: [75, 95])
-    gamma: float = 0.1
-    warmup_epochs: int = 0
-    grad_clip: float | None = None
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "optimizer.", "lr", "gamma")
-        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
-        _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "finite and >= 0")
-        _require(not self.nesterov or self.momentum > 0, "optimizer.nesterov", True, "false where momentum is 0")
-        ordered = all(0 < a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
-        _require(ordered, "optimizer.milestones", self.milestones, "epochs in rising order")
-        _require(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, ">= 0")
-        if self.grad_clip is not None:
-            _require_positive(self, "optimizer.", "grad_clip")
-
-    def learning_rate(self, epoch: int) -> float:
-        """Learning rate of the epoch (counted from 0)."""
-        warmup = min(1.0, (epoch + 1) / (self.warmup_epochs + 1))
-        return self.lr * warmup * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+PRECISIONS = ("fp32", "bf16", "fp16")
+_KINDS = (Method, OptimizerConfig, Schedule, WeightAverage)  # written with their class name
 
 
 @dataclass
@@ -129,15 +74,23 @@ class TrainConfig:
         models: one model name per member, for example [resnet20, resnet26, resnet32].
         data: the data set.
         attack: the attack that makes the training inputs.
+        eps_warmup_epochs: the radius and step size of that attack rise linearly, step by step, over so many epochs.
         evaluation: the attack that `ceat-fast evaluate` judges the run with.
-        optimizer: optimizer and learning rate schedule, per member.
+        optimizer: SGD, Adam or AdamW, per member.
+        schedule: MultiStep, Cosine or OneCycle.
+        average: EMA or SWA keeps an average of the weights, which is then what is judged; none by default.
+        validation: held-out images, judged while training.
         epochs: passes over the training images.
-        batch_size: images per step.
+        batch_size: images per step, over all processes.
+        precision: of the passes that are trained: "fp32", "bf16" or "fp16"; weights and losses stay fp32.
         seed: every random number of the run follows from it.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
         backend: execution of the members: "auto", "vmap" or "loop".
-        checkpoint_every: epochs between checkpoints; the last epoch always has one.
-        resume: continue the run in `out` from its last checkpoint.
+        checkpoint: when the state is saved.
+        watch: what is done about a run that goes wrong.
+        parallel: how several processes share the work.
+        tensorboard: also write the metrics for TensorBoard, into the run folder.
+        resume: continue the run in `out` from its last checkpoint; a new run starts if there is none.
     """
 
     out: str = "runs/train"
@@ -145,21 +98,31 @@ class TrainConfig:
     models: list[str] = field(default_factory=lambda: ["resnet20"] * 3)
     data: DataConfig = field(default_factory=DataConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
+    eps_warmup_epochs: int = 0
     evaluation: AttackConfig = field(default_factory=lambda: AttackConfig(steps=20))
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=SGD)
+    schedule: Schedule = field(default_factory=MultiStep)
+    average: WeightAverage | None = None
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     epochs: int = 120
     batch_size: int = 128
+    precision: str = "fp32"
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
-    checkpoint_every: int = 1
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tensorboard: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:
-        _require(len(self.models) > 0, "models", self.models, "one name per member, at least one")
-        _require_positive(self, "", "epochs", "checkpoint_every")
-        _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for BatchNorm's statistics")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        require(len(self.models) > 0, "models", self.models, "one name per member, at least one")
+        require_positive(self, "", "epochs")
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for BatchNorm's statistics")
+        require(self.eps_warmup_epochs >= 0, "eps_warmup_epochs", self.eps_warmup_epochs, "at least 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        require_choice("precision", self.precision, PRECISIONS)
 
 
 def config_parser(*, with_config_option: bool = False) -> Any:
@@ -198,9 +161,7 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The tree as plain values, as `load_config` reads it."""
-    tree = asdict(config)
-    method = type(config.method)
-    tree["method"] = {"class_path": f"{method.__module__}.{method.__qualname__}", "init_args": tree["method"]}
+    tree: dict[str, Any] = _plain(config)
     return tree
 
 
@@ -208,6 +169,27 @@ def config_to_yaml(config: TrainConfig) -> str:
     """The text of a config file that `load_config` reads back to an equal config."""
     text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False)
     return text
+
+
+def setting_names() -> set[str]:
+    """What a config can name: settings with their dots, those of every kind included, and the kinds themselves."""
+    names = {subclass.__name__ for kind in _KINDS for subclass in _subclasses(kind)}
+    for top in fields(TrainConfig):
+        value = getattr(TrainConfig(), top.name)
+        kind = next(
+            (kind for kind in _KINDS if isinstance(value, kind)), WeightAverage if top.name == "average" else None
+        )
+        classes = _subclasses(kind) if kind is not None else [type(value)]
+        inner = {f.name for cls in classes if is_dataclass(cls) for f in fields(cls)}
+        names |= {top.name, *(f"{top.name}.{name}" for name in inner)}
+    return names
+
+
+def _subclasses(kind: type[Any]) -> list[type[Any]]:
+    found = [kind]
+    for subclass in kind.__subclasses__():
+        found += _subclasses(subclass)
+    return found
 
 
 def differences(a: TrainConfig, b: TrainConfig, ignore: Sequence[str] = ()) -> list[str]:
@@ -222,3 +204,13 @@ def differences(a: TrainConfig, b: TrainConfig, ignore: Sequence[str] = ()) -> l
     left, right = flatten(config_to_dict(a)), flatten(config_to_dict(b))
     names = sorted(left.keys() | right.keys())
     return [n for n in names if n.split(".")[0] not in ignore and left.get(n, None) != right.get(n, None)]
+
+
+def _plain(value: Any) -> Any:
+    if not is_dataclass(value):
+        return list(value) if isinstance(value, tuple) else value
+    tree = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, _KINDS):
+        kind = type(value)
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": tree}
+    return tree

@@ -1,4 +1,4 @@
-"""Statistics of an epoch, accumulated on the device: one transfer to the host per epoch, none per step."""
+"""Statistics of an epoch, accumulated on the device: one transfer to the host per reading, none per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ DISPARITY_BINS = 20  # equal bins over [0, 1]; reduction "sum" can exceed 1 and 
 
 
 class EpochMetrics:
-    """Sums over the samples of an epoch: losses, parts, disparity histograms, correct predictions; and maxima."""
+    """Sums over the samples of an epoch: losses, parts, disparity histograms, correct predictions; and maxima.
+
+    All sums are float64, counts too: they are added across processes in one message.
+    """
 
     def __init__(self, combine: Callable[[Tensor], Tensor]) -> None:
         """`combine` maps member logits (M, B, K) to the ensemble's output (B, K)."""
@@ -30,22 +33,36 @@ class EpochMetrics:
         self._add("loss", output.losses.detach().double() * batch)
         for name, part in output.parts.items():
             self._add(name, part.double().sum(1))
-            self._maximum(name, part.amax())
+            self._maximum(name, part.amax().double())
             if name.endswith("_disparity"):
                 self._add(name + "_histogram", histogram(part))
         for kind, logits in (("adv", output.adv_logits), ("nat", output.nat_logits)):
             if logits is not None:
-                self._add(kind + "_correct_members", (logits.argmax(-1) == labels).sum(1))
-                self._add(kind + "_correct", (self.combine(logits).argmax(-1) == labels).sum())
+                self._add(kind + "_correct_members", (logits.argmax(-1) == labels).double().sum(1))
+                self._add(kind + "_correct", (self.combine(logits).argmax(-1) == labels).double().sum())
 
-    def running_accuracy(self) -> float:
-        """Accuracy of the ensemble on the adversarial inputs so far (reads the device)."""
-        return self._sums["adv_correct"].item() / self.samples
+    def state(self) -> dict[str, Any]:
+        """Everything, as `load_state` takes it."""
+        return {"samples": self.samples, "sums": dict(self._sums), "maxima": dict(self._maxima)}
 
-    def running_maximum(self, suffix: str) -> float | None:
-        """Largest value so far among the parts with that suffix (reads the device); None if there are none."""
-        values = [value.item() for name, value in self._maxima.items() if name.endswith(suffix)]
-        return max(values, default=None)
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.samples, self._sums, self._maxima = state["samples"], dict(state["sums"]), dict(state["maxima"])
+
+    def combined(self, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]) -> EpochMetrics:
+        """The statistics of several processes; `total` and `maximum` reduce a flat float64 tensor over them."""
+        result = EpochMetrics(self.combine)
+        if not self._sums:
+            return result
+        sums = [torch.full_like(self._sums["loss"][:1], self.samples), *self._sums.values()]
+        flat = torch.split(total(torch.cat([value.flatten() for value in sums])), [value.numel() for value in sums])
+        result.samples = int(flat[0].item())
+        shaped = (part.view_as(value) for part, value in zip(flat[1:], self._sums.values(), strict=True))
+        result._sums = dict(zip(self._sums, shaped, strict=True))
+        if self._maxima:
+            largest = maximum(torch.stack(list(self._maxima.values())))
+            result._maxima = dict(zip(self._maxima, largest.unbind(), strict=True))
+        return result
 
     def result(self) -> dict[str, Any]:
         """Plain values: `loss` (mean over members) and `loss_members`; per part its mean over members and samples and,

@@ -1,32 +1,41 @@
-"""The training loop: attack, losses, one optimizer step per member; metrics, checkpoints and a progress bar."""
+"""The training loop: steps, metrics, validation, checkpoints, and what ends it early."""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from ceat_fast.attacks import PGD
 from ceat_fast.data import Dataset, iterate_batches, load_dataset
-from ceat_fast.ensemble import Ensemble
-from ceat_fast.environment import resolve_device
-from ceat_fast.methods import Attack, Batch, StepOutput
-from ceat_fast.training.checkpoint import Checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
+from ceat_fast.ensemble import Ensemble, tune
+from ceat_fast.files import remove_temporaries
+from ceat_fast.methods import Batch, Epoch
+from ceat_fast.training.averaging import AveragedEnsemble
+from ceat_fast.training.callbacks import Callback
 from ceat_fast.training.config import TrainConfig
+from ceat_fast.training.distributed import Layout, SpreadEnsemble
+from ceat_fast.training.distributed.layout import local_device
+from ceat_fast.training.inputs import require_members_fit, training_data
+from ceat_fast.training.interrupts import Interrupts, TrainingInterrupted
 from ceat_fast.training.metrics import EpochMetrics
-from ceat_fast.training.progress import TrainingProgress
+from ceat_fast.training.progress import TrainingProgress, summary
 from ceat_fast.training.run import Run, build_ensemble
 from ceat_fast.training.seeds import stream_seed
+from ceat_fast.training.state import Position, StateKeeper
+from ceat_fast.training.step import Stepper
+from ceat_fast.training.tensorboard import TensorBoard
+from ceat_fast.training.validation import Validation, hold_out
+from ceat_fast.training.watch import NonFiniteLossError, Watch
 
+MEASURE_FROM_PASSES = 10_000
 READ_EVERY = 20  # batches between readings of the device: each one waits for the GPU
-
-
-class NonFiniteLossError(RuntimeError):
-    """A member's loss became NaN or infinite."""
 
 
 class Trainer:
@@ -36,14 +45,23 @@ class Trainer:
         config: the settings; `config.out` becomes the run folder.
         dataset: use this data instead of loading `config.data`.
         ensemble: train these members instead of building `config.models`.
-        console: where the progress bar goes; standard error by default.
+        console: where the progress goes; standard error by default.
+        callbacks: see `ceat_fast.training.Callback`.
+
+    Attributes:
+        run: the run folder.
+        layout: the place of this process among those that train together.
+        ensemble: what is trained; with `parallel.members` above 1 it holds this process's members.
+        position: how far it is.
+        records: one per finished epoch, as in metrics.jsonl.
 
     Every random number follows from `config.seed`: initialisation, order, augmentation, attack noise and what models
-    draw themselves come from streams of their own, keyed by the epoch. So a resumed run ends like an uninterrupted one.
+    draw themselves come from streams of their own, keyed by epoch, step and sample. So a run that was cut off anywhere
+    and resumed ends like an uninterrupted one, to the bit on a CPU.
 
     Raises:
         FileExistsError: the run folder holds something already.
-        ValueError: labels outside [0, K), images that are not uint8, settings that do not fit.
+        ValueError: labels outside [0, K), images that are not uint8, models that do not fit, settings that do not fit.
     """
 
     def __init__(
@@ -53,124 +71,213 @@ class Trainer:
         dataset: Dataset | None = None,
         ensemble: Ensemble | None = None,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
-        self.device = resolve_device(config.device)
+        self.device = local_device(config.device)
         self.dataset = dataset or load_dataset(config.data.name, config.data.root)
-        self.images, self.labels = self._training_data()
-        self.ensemble = (ensemble or build_ensemble(config, self.dataset, self.device)).to(self.device)
-        self.optimizers = [self._optimizer(member) for member in self.ensemble.members]
-        self.run = Run.start(config)
-        self.console = console or Console(stderr=True)
-        self.epochs_done = self._restore()
+        images, labels = training_data(config, self.dataset)
+        kept, held_out = hold_out(len(images), config.validation.images)
+        whole = (ensemble or build_ensemble(config, self.dataset)).to(self.device)
+        self.layout = Layout(self.device, len(whole.members), config.parallel.members)
+        if ensemble is not None:
+            self.layout.broadcast(whole)
+        self.layout.require_batches(len(kept), config.batch_size)
+        self.images, self.labels = images[kept].to(self.device), labels[kept].to(self.device)
+        self.batches = -(-len(kept) // config.batch_size)
+        self._local = self.layout.own(whole)
+        require_members_fit(self._local, self.layout.members, self.images, self.dataset)
+        self.ensemble = self.layout.spread(self._local)
+        self.stepper = Stepper(config, self.ensemble, self.layout, self.batches)
+        self.average = AveragedEnsemble(config.average, self._local) if config.average is not None else None
+        self.validation = None
+        if len(held_out):
+            judged = images[held_out].to(self.device), labels[held_out].to(self.device)
+            self.validation = Validation(config.validation, *judged, self.dataset.scale, self.layout)
+        self.console = console or Console(stderr=True, quiet=not self.layout.is_main)
+        self.callbacks = [*callbacks, *([TensorBoard()] if config.tensorboard else [])]
+        self.metrics = EpochMetrics(self.ensemble.combine)
+        self.run = Run(config.out)
+        with self.layout.main_first():
+            if self.layout.is_main:
+                Run.start(config)
+        self.keeper = StateKeeper(self.run.checkpoints, self.layout, self._local, self.average, self.stepper)
+        self.position = self.keeper.restore(self.metrics, self._warn)
+        self.records = [record for record in self.run.metrics if record["epoch"] <= self.position.epoch]
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the start of the run."""
+        return self.position.epoch * self.batches + self.position.batch
+
+    @property
+    def judged(self) -> Ensemble:
+        """What is judged and taken home: the averaged ensemble once there is an average, else the trained one."""
+        if self.average is None or not self.average.count:
+            return self.ensemble
+        average = self.average.ensemble
+        return self.ensemble.around(average) if isinstance(self.ensemble, SpreadEnsemble) else average
 
     def fit(self) -> list[dict[str, Any]]:
         """Train to the last epoch; returns the records of metrics.jsonl.
 
         Raises:
-            NonFiniteLossError: a loss became NaN or infinite; the last checkpoint is kept.
+            TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved.
+            NonFiniteLossError: a loss or weight became NaN or infinite; the last checkpoint is kept.
+            TrainingStoppedError: what `config.watch` stops for.
+            OSError: another process trains in this folder, or a checkpoint cannot be written.
         """
-        with TrainingProgress(self.console, type(self.config.method).__name__, self.config.epochs) as progress:
-            for epoch in range(self.epochs_done, self.config.epochs):
-                record = self._train_epoch(epoch, progress)
-                self.run.add_metrics(record)
-                self.epochs_done = epoch + 1
-                if self.epochs_done % self.config.checkpoint_every == 0 or self.epochs_done == self.config.epochs:
-                    self._save()
+        chance = self.labels.bincount().max().item() / len(self.labels)
+        watch = Watch(self.config.watch, chance, self._warn)
+        with ExitStack() as stack:
+            stack.enter_context(self._folder_of_its_own())
+            interrupts = stack.enter_context(Interrupts())
+            progress = stack.enter_context(
+                TrainingProgress(self.console, type(self.config.method).__name__, self.config.epochs)
+            )
+            stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))
+            self._choose_execution()
+            for callback in self.callbacks:
+                stack.callback(callback.on_end, self)
+                callback.on_start(self)
+            while self.position.epoch < self.config.epochs:
+                self._train_epoch(interrupts, progress)
+                self._finish_epoch(watch, progress)
+                signal = self.layout.any(interrupts.requested)
+                if signal or self._saves_now():
+                    path = self._save()
+                if signal and self.position.epoch < self.config.epochs:
+                    raise TrainingInterrupted(signal, f"interrupted; saved {path}")
         self.ensemble.eval()
-        return self.run.metrics
+        return self.records
 
-    def _train_epoch(self, epoch: int, progress: TrainingProgress) -> dict[str, Any]:
-        rate = self.config.optimizer.learning_rate(epoch)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        attack, metrics, losses = self._attack(epoch), EpochMetrics(self.ensemble.combine), []
+    def _choose_execution(self) -> None:
+        """Measure once how the members run fastest, where the run is long enough for that; later sessions keep it."""
+        passes = (self.config.attack.steps + 2) * self.batches * self.config.epochs
+        if self.layout.is_alone and not self.steps_done and passes >= MEASURE_FROM_PASSES:
+            first = self.images[: self.config.batch_size].float() / self.dataset.scale
+            self.keeper.run_as(tune(self._local, first, precision=self.config.attack.precision, passes=passes))
+
+    def _train_epoch(self, interrupts: Interrupts, progress: TrainingProgress) -> None:
+        """The batches of the epoch that are still to be done."""
+        position = self.position
+        self._begin_epoch()
         self.ensemble.train()
-        start = time.perf_counter()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(stream_seed(self.config.seed, "model", epoch))
-            batches = -(-len(self.images) // self.config.batch_size)
-            for number, batch in enumerate(self._batches(epoch), start=1):
-                output = self._step(attack, batch)
-                metrics.update(output, batch.labels)
-                losses.append(output.losses.detach())
-                if number % READ_EVERY == 0 or number == batches:
-                    self._require_finite(losses, epoch)
-                    rate_now = metrics.samples / (time.perf_counter() - start)
-                    progress.update(epoch, number / batches, losses[-1], metrics, rate_now)
-        seconds = time.perf_counter() - start
-        speed = {"seconds": seconds, "images_per_second": metrics.samples / seconds}
-        record = {"epoch": epoch + 1, "lr": rate, **metrics.result(), **speed}
+        losses: list[Tensor] = []
+        since = time.perf_counter() - position.seconds
+        for batch in self._batches():
+            step, samples = self.steps_done, len(batch.labels)
+            part = Batch(*map(self.layout.part, batch))
+            output = self.stepper.step(step, part, samples)
+            if self.average is not None:
+                self.average.update(self._local, step, self.batches)
+            self.metrics.update(output, part.labels)
+            losses.append(output.losses.detach() * (len(part.labels) / samples))
+            position.batch += 1
+            position.seconds = time.perf_counter() - since
+            for callback in self.callbacks:
+                callback.on_step(self, output)
+            last = position.batch == self.batches  # what is due then waits for the end of the epoch
+            reading = last or position.batch % READ_EVERY == 0
+            saving = not last and self._saves_now()
+            signal = self.layout.any(interrupts.requested) if not last and (reading or self.layout.is_alone) else 0
+            if reading or saving or signal:
+                self._require_finite(losses)
+                losses.clear()
+            if saving or signal:
+                path = self._save()
+            if signal:
+                raise TrainingInterrupted(signal, f"interrupted; saved {path}")
+            if reading and progress.wants_updates:
+                speed = self.metrics.samples * self.layout.data_ranks / position.seconds
+                progress.update(position.epoch, position.batch / self.batches, speed, summary(self.metrics.result()))
+
+    def _finish_epoch(self, watch: Watch, progress: TrainingProgress) -> None:
+        position, config = self.position, self.config
+        metrics = self.metrics.combined(self.layout.data_sum, self.layout.data_maximum)
+        rate = config.optimizer.lr * config.schedule.factor(self.steps_done - 1, self.batches, config.epochs)
+        speed = {"seconds": position.seconds, "images_per_second": metrics.samples / position.seconds}
+        record = {"epoch": position.epoch + 1, "lr": rate, **metrics.result(), **speed}
+        if self.validation is not None and self.validation.due(position.epoch + 1, config.epochs):
+            record |= self.validation.judge(self.judged)
+        for callback in self.callbacks:
+            callback.on_epoch(self, record)
+        best = max((old["val_adv_accuracy"] for old in self.records if "val_adv_accuracy" in old), default=-1.0)
+        self.records.append(record)
+        if self.layout.is_main:
+            self.run.add_metrics(record)
         progress.finish_epoch(record)
-        return record
+        watch.look(self.records, self.keeper.newest)
+        self.position, self.metrics = Position(position.epoch + 1), EpochMetrics(self.ensemble.combine)
+        if record.get("val_adv_accuracy", -1.0) > best:
+            self.keeper.save_best(self.steps_done)
 
-    def _step(self, attack: Attack, batch: Batch) -> StepOutput:
-        adversarial = self.config.method.perturb(attack, self.ensemble, batch)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        output = self.config.method.step(self.ensemble, adversarial, batch)
-        torch.autograd.backward(output.losses.sum())
-        for member, optimizer in zip(self.ensemble.members, self.optimizers, strict=True):
-            if self.config.optimizer.grad_clip is not None:
-                nn.utils.clip_grad_norm_(member.parameters(), self.config.optimizer.grad_clip)
-            optimizer.step()
-        return output
+    def _saves_now(self) -> bool:
+        """Whether a checkpoint is due at this position."""
+        settings, epoch = self.config.checkpoint, self.position.epoch
+        if settings.every_steps is not None and self.steps_done % settings.every_steps == 0:
+            return True
+        return self.position.batch == 0 and (epoch % settings.every == 0 or epoch == self.config.epochs)
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "data", epoch))
+    def _begin_epoch(self) -> None:
+        method, epoch = self.stepper.method, self.position.epoch
+        # In the middle of an epoch the method's state is that of the checkpoint, not of the epoch's beginning.
+        state = copy.deepcopy(method.state_dict()) if self.position.batch else None
+        method.begin_epoch(
+            Epoch(epoch, self.config.epochs, len(self.images), stream_seed(self.config.seed, "epoch", epoch))
+        )
+        if state is not None:
+            method.load_state_dict(state)
+
+    def _batches(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "data", self.position.epoch))
         augment = self.dataset.augment if self.config.data.augment == "auto" else self.config.data.augment
-        size, scale = self.config.batch_size, self.dataset.scale
-        batches = iterate_batches(self.images, self.labels, size, generator, augment=augment, scale=scale)
+        batches = iterate_batches(
+            self.images,
+            self.labels,
+            self.config.batch_size,
+            generator,
+            augment=augment,
+            scale=self.dataset.scale,
+            skip=self.position.batch,
+        )
         return (Batch(*batch) for batch in batches)
 
-    def _attack(self, epoch: int) -> Attack:
-        settings, seed = self.config.attack, stream_seed(self.config.seed, "attack", epoch)
-        return PGD(**vars(settings), goal=self.config.method.goal, seed=seed).perturb
-
-    def _optimizer(self, member: nn.Module) -> torch.optim.SGD:
-        o = self.config.optimizer
-        return torch.optim.SGD(
-            member.parameters(), o.lr, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov, foreach=True
-        )
-
-    def _training_data(self) -> tuple[Tensor, Tensor]:
-        limit = self.config.data.train_images
-        images, labels = self.dataset.train_images[:limit], self.dataset.train_labels[:limit]
-        classes = self.dataset.num_classes
-        if len(images) == 0 or len(images) != len(labels):
-            raise ValueError(f"data set {self.dataset.name!r}: {len(images)} training images, {len(labels)} labels")
-        if labels.min() < 0 or labels.max() >= classes:
-            wrong = int(((labels < 0) | (labels >= classes)).nonzero()[0])
-            raise ValueError(
-                f"data set {self.dataset.name!r}: label {int(labels[wrong])} of training image {wrong} "
-                f"is outside [0, {classes})"
-            )
-        return images.to(self.device), labels.to(self.device)
-
-    def _require_finite(self, losses: list[Tensor], epoch: int) -> None:
-        finite = torch.stack(losses).isfinite()
-        if not finite.all():
-            batch, member = (int(i) for i in (~finite).nonzero()[0])
-            kept = last_checkpoint(self.run.checkpoints)
+    def _require_finite(self, losses: Sequence[Tensor]) -> None:
+        """Refuse losses of the last batches that are NaN or infinite in any process."""
+        if not losses:
+            return
+        values = self.layout.data_sum(torch.stack(list(losses)))
+        if not values.isfinite().all():
+            row, member = (int(i) for i in (~values.isfinite()).nonzero()[0])
+            batch = self.position.batch - len(losses) + row + 1
             raise NonFiniteLossError(
-                f"loss {losses[batch][member].item()} in epoch {epoch + 1}, batch {batch + 1}, member {member} "
-                f"({self.config.models[member]}); a lower optimizer.lr, optimizer.warmup_epochs, optimizer.grad_clip "
-                f"or the method's max_weight help; last checkpoint: {kept or 'none yet'}"
+                f"loss {values[row][member].item()} in epoch {self.position.epoch + 1}, batch {batch}, "
+                f"member {member}; {_REMEDIES}; {self.keeper.newest}"
             )
 
-    def _save(self) -> None:
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        save_checkpoint(self.run.checkpoints, Checkpoint(self.epochs_done, self.ensemble.state_dict(), states))
+    def _save(self) -> Path | None:
+        """Save the whole state; returns the path, on the main process."""
+        if not self.keeper.has_finite_weights():
+            raise NonFiniteLossError(
+                f"a weight is NaN or infinite in epoch {self.position.epoch + 1}, batch {self.position.batch}; "
+                f"{_REMEDIES}; {self.keeper.newest}"
+            )
+        return self.keeper.save(self.steps_done, self.position, self.metrics, self.config.checkpoint.keep)
 
-    def _restore(self) -> int:
-        path = last_checkpoint(self.run.checkpoints)
-        if path is None:
-            self.run.forget_metrics_after(0)
-            return 0
-        checkpoint = load_checkpoint(path, self.device)
-        self.ensemble.load_state_dict(checkpoint.weights)
-        for optimizer, state in zip(self.optimizers, checkpoint.optimizers, strict=True):
-            optimizer.load_state_dict(state)
-        self.run.forget_metrics_after(checkpoint.epochs)
-        return checkpoint.epochs
+    @contextmanager
+    def _folder_of_its_own(self) -> Iterator[None]:
+        """No other process trains in the run folder, and it holds nothing that this session does not continue."""
+        with ExitStack() as stack:
+            with self.layout.main_first():
+                if self.layout.is_main:
+                    stack.enter_context(self.run.lock())
+                    remove_temporaries(self.run.checkpoints)
+                    self.run.forget_metrics_after(self.position.epoch)
+            yield
+
+    def _warn(self, message: str) -> None:
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+
+_REMEDIES = "a lower optimizer.lr, schedule.warmup_epochs, optimizer.grad_clip or the method's max_weight help"

@@ -1,0 +1,127 @@
+"""One optimizer step: search the adversarial inputs, form the losses, back-propagate, update every member.
+
+Everything random in it is keyed by the seed, the number of the step and the sample, so that the position in the run is
+all that has to be known to continue it.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceat_fast.attacks import PGD
+from ceat_fast.ensemble import Ensemble
+from ceat_fast.methods import CEAT, EAT, Attack, Batch, Method, StepOutput
+from ceat_fast.methods.calibrated import DistanceSettings
+from ceat_fast.training.config import TrainConfig
+from ceat_fast.training.distributed import Layout, SpreadEnsemble, SynchronisedBatchNorm, perturb_with
+from ceat_fast.training.optimizers import MemberOptimizer
+from ceat_fast.training.schedules import warmup_factor
+from ceat_fast.training.seeds import stream_seed
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stepper:
+    """Makes the steps of a run.
+
+    Args:
+        config: the settings.
+        ensemble: the members to train.
+        layout: which part of the work is this process's.
+        steps_per_epoch: optimizer steps in an epoch.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+
+    def __init__(self, config: TrainConfig, ensemble: Ensemble, layout: Layout, steps_per_epoch: int) -> None:
+        self.config, self.ensemble, self.layout, self.steps_per_epoch = config, ensemble, layout, steps_per_epoch
+        self.method = copy.deepcopy(config.method)
+        self.optimizer = MemberOptimizer(config.optimizer, list(ensemble.members))
+        self.scaler = torch.amp.GradScaler(layout.device.type, enabled=config.precision == "fp16")
+        self._exchanges_labels = isinstance(ensemble, SpreadEnsemble) and _needs_true_class_only(self.method)
+        if isinstance(ensemble, SpreadEnsemble):
+            _require_spreadable(config, self.method)
+
+    def step(self, step: int, batch: Batch, samples: int) -> StepOutput:
+        """Train on this process's part of the batch of step `step`; the whole batch has that many samples.
+
+        Returns:
+            The output of all members on this part.
+        """
+        torch.manual_seed(stream_seed(self.config.seed, "step", step, self.layout.data_rank))
+        self.optimizer.set_rate(self.config.schedule.factor(step, self.steps_per_epoch, self.config.epochs))
+        with self._exchange(batch.labels):
+            adversarial = self.method.perturb(self._attack(step), self.ensemble, batch)
+            self.optimizer.torch.zero_grad(set_to_none=True)
+            with self._autocast(), self._batch_norm():
+                output = self.method.step(self.ensemble, adversarial, batch)
+        share = len(batch.labels) / samples
+        torch.autograd.backward(self.scaler.scale(output.losses.sum() * share))
+        self.layout.sum_gradients([parameter for own in self.optimizer.parameters for parameter in own])
+        self.scaler.unscale_(self.optimizer.torch)
+        self.optimizer.clip()
+        self.scaler.step(self.optimizer.torch)
+        self.scaler.update()
+        return self.ensemble.collect(output) if isinstance(self.ensemble, SpreadEnsemble) else output
+
+    def state(self) -> dict[str, Any]:
+        """What the steps carry from one to the next, apart from weights and optimizer; plain values and tensors."""
+        return {"method": self.method.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.method.load_state_dict(state["method"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _attack(self, step: int) -> Attack:
+        config = self.config
+        attack = PGD(
+            **vars(config.attack),
+            goal=self.method.goal,
+            seed=stream_seed(config.seed, "attack", step // self.steps_per_epoch),
+        )
+        rise = warmup_factor(step, config.eps_warmup_epochs * self.steps_per_epoch)
+        if rise < 1:
+            attack = replace(attack, eps=attack.radius * rise, alpha=attack.step_size * rise)
+        return perturb_with(attack)
+
+    def _exchange(self, labels: Tensor) -> AbstractContextManager[None]:
+        if not isinstance(self.ensemble, SpreadEnsemble):
+            return nullcontext()
+        return self.ensemble.exchanging(labels if self._exchanges_labels else None)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = _DTYPES.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.layout.device.type, dtype)
+
+    def _batch_norm(self) -> AbstractContextManager[Any]:
+        group = self.layout.data_group
+        if self.layout.data_ranks == 1 or group is None or not self.config.parallel.sync_batchnorm:
+            return nullcontext()
+        return SynchronisedBatchNorm(group)
+
+
+def _needs_true_class_only(method: Method) -> bool:
+    distances = [part for part in (method, method.plus_ceat) if isinstance(part, DistanceSettings)]
+    return all(distance.samples == "all" for distance in distances)
+
+
+def _require_spreadable(config: TrainConfig, method: Method) -> None:
+    if type(method) not in (EAT, CEAT):
+        raise ValueError(f"parallel.members={config.parallel.members} is for EAT and CEAT, got {type(method).__name__}")
+    if config.precision == "fp16":
+        raise ValueError(
+            "precision='fp16' needs parallel.members=1: its loss scale belongs to all members; bf16 has none"
+        )
+    if config.attack.restarts > 1 and config.attack.precision != "fp32":
+        raise ValueError(
+            f"attack.precision={config.attack.precision!r} with attack.restarts={config.attack.restarts} needs "
+            "parallel.members=1: the restarts are compared in fp32"
+        )
