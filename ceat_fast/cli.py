@@ -1,4 +1,4 @@
-"""The command line: `ceat-fast train | evaluate | report | info`. Options and help come from the typed settings."""
+"""Train, judge, compare and export robust ensembles. Options and help come from the typed settings."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, fields
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
 from ceat_fast.methods import METHODS
-from ceat_fast.training.config import AttackConfig, build_config, config_parser
+from ceat_fast.training.config import AttackConfig, build_config, config_parser, setting_names
 
 DEBUG_VARIABLE = "CEAT_FAST_DEBUG"
 USER_ERRORS = (ArgumentError, ValueError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (the run failed), 2 (wrong input) or 130 (interrupted)."""
-    from ceat_fast.training.trainer import NonFiniteLossError
+    """Run the command line; returns the exit code: 0, 1 (the run went wrong), 2 (wrong input), 130 (interrupted by
+    Ctrl-C) or 143 (by SIGTERM); where a training run was interrupted, its state is saved."""
+    from ceat_fast.training.interrupts import TrainingInterrupted
+    from ceat_fast.training.watch import TrainingStoppedError
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = build_parser()
     try:
         arguments = parser.parse_args(argv)
         COMMANDS[arguments.command](arguments[arguments.command], argv, commands[arguments.command])
+    except TrainingInterrupted as interruption:
+        return _fail(f"{interruption}; the same command with --resume true continues", interruption.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; a training run continues with --resume true", 130)
-    except NonFiniteLossError as error:
+        return _fail("interrupted; the same command continues (a training run with --resume true)", 130)
+    except TrainingStoppedError as error:
         return _fail(str(error), 1)
     except USER_ERRORS as error:
         return _fail(_readable(error, commands), 2)
@@ -47,7 +51,10 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     commands = {
         "train": config_parser(with_config_option=True),
         "evaluate": _evaluate_parser(),
+        "transfer": _transfer_parser(),
         "report": _report_parser(),
+        "compare": _compare_parser(),
+        "export": _export_parser(),
         "info": ArgumentParser(
             exit_on_error=False, allow_abbrev=False, description="Show versions, devices and which backends exist."
         ),
@@ -59,68 +66,149 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 
 def _evaluate_parser() -> ArgumentParser:
+    from ceat_fast.evaluation.protocol import EvaluationConfig
+    from ceat_fast.evaluation.sources import SourceOptions
+
     parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description="Judge a run: clean and PGD, ensemble and each member."
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Judge a model, an ensemble and each of its members: clean, attacked, and whether to trust that.",
+    )
+    what = "Run folder, checkpoint, weights file, or module:function of your own that returns a model."
+    parser.add_argument("model", type=str, help=what)
+    parser.add_class_arguments(AttackConfig, "attack")
+    parser.add_class_arguments(EvaluationConfig)
+    parser.add_class_arguments(SourceOptions)
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="Folder for journal and result, new or to continue."
+    )
+    return parser
+
+
+def _transfer_parser() -> ArgumentParser:
+    from ceat_fast.evaluation import TransferConfig
+
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Test how attacks transfer: between the members of a run, and from surrogates to its ensemble.",
     )
     parser.add_argument("run", type=str, help="Run folder.")
-    parser.add_class_arguments(AttackConfig, "attack")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the attack noise.")
-    parser.add_argument("--images", type=int | None, default=None, help="Use only the first so many test images.")
-    parser.add_argument("--batch_size", type=int, default=500, help="Images per pass; does not change the result.")
-    parser.add_argument("--device", type=str, default="auto", help="Where to compute, as for train.")
+    parser.add_argument("--surrogates", type=str, nargs="+", default=[], help="Run folders of surrogate ensembles.")
+    parser.add_class_arguments(TransferConfig)
     return parser
 
 
 def _report_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description="Write an HTML report of one or several evaluated runs."
+        exit_on_error=False, allow_abbrev=False, description="Write an HTML report of one or several evaluations."
     )
-    parser.add_argument("runs", type=str, nargs="+", help="Run folders.")
+    parser.add_argument("folders", type=str, nargs="+", help="Run folders, or other folders with an evaluation.json.")
     parser.add_argument("--out", type=str, default="report.html", help="The HTML file to write; must not exist.")
-    parser.add_argument("--device", type=str, default="auto", help="Where to compute the adversarial examples.")
+    what = "Folder for the same as JSON, CSV and PNG files; new or empty."
+    parser.add_argument("--files", type=str | None, default=None, help=what)
+    return parser
+
+
+def _compare_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, description="Write an HTML page that compares evaluations."
+    )
+    parser.add_argument("folders", type=str, nargs="+", help="As for report, at least two; the first is the baseline.")
+    parser.add_argument("--out", type=str, default="comparison.html", help="The HTML file to write; must not exist.")
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Write a run's members, ensemble and model card to a folder.",
+    )
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--out", type=str, default="export", help="The folder to write; new or empty.")
+    parser.add_argument("--checkpoint", type=str, default="last", help="Which weights: last, or best.")
+    parser.add_argument("--program", type=bool, default=True, help="Write the torch.export program too.")
     return parser
 
 
 def _train(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
+    from ceat_fast.training.distributed import process_group
     from ceat_fast.training.trainer import Trainer
 
     arguments.pop("config")
-    trainer = Trainer(build_config(arguments))
-    records = trainer.fit()
-    last = records[-1]
-    Console().print(
-        f"{trainer.run.folder}: {last['epoch']} epochs, loss {last['loss']:.3f}, adversarial training accuracy "
-        f"{last['train_adv_accuracy']:.1%}\nnext: ceat-fast evaluate {trainer.run.folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    config = build_config(arguments)
+    with process_group(config.device):
+        trainer = Trainer(config)
+        last = trainer.fit()[-1]
+        if trainer.layout.is_main:
+            Console().print(
+                f"{trainer.run.folder}: {last['epoch']} epochs, loss {last['loss']:.3f}\n"
+                f"next: ceat-fast evaluate {trainer.run.folder}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _evaluate(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
-    from ceat_fast.evaluation import evaluate_run
-    from ceat_fast.reports.tables import score_table
+    from ceat_fast.evaluation.protocol import EvaluationConfig
+    from ceat_fast.evaluation.runs import evaluate_source
+    from ceat_fast.evaluation.shards import is_main_process
+    from ceat_fast.evaluation.sources import SourceOptions, find_source
+    from ceat_fast.reports.tables import check_table, score_table
+
+    def settings(kind: type[Any]) -> Any:
+        return kind(**{setting.name: values[setting.name] for setting in fields(kind)})
+
+    values = parser.instantiate(arguments)
+    source = find_source(arguments.model, settings(SourceOptions))
+    parser.set_defaults({"attack": asdict(source.attack)})
+    values = parser.instantiate(parser.parse_args(argv[1:]))
+    config = settings(EvaluationConfig)
+    result, path = evaluate_source(
+        source, config, attack=values.attack, out=arguments.out, console=Console(stderr=True)
+    )
+    if is_main_process():
+        Console().print(score_table({source.about["name"]: result}))
+        Console().print(check_table(result))
+        Console().print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def _transfer(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
+    from ceat_fast.evaluation import TransferConfig, transfer_run
+    from ceat_fast.reports.tables import black_box_table, transfer_table
     from ceat_fast.training.run import Run
 
-    run = Run.open(arguments.run)
-    parser.set_defaults({"attack": asdict(run.config.evaluation)})
-    arguments = parser.parse_args(argv[1:])
-    attack = parser.instantiate(arguments).attack
-    result = evaluate_run(
-        run,
-        attack,
-        seed=arguments.seed,
-        images=arguments.images,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-    )
-    Console().print(score_table({run.config.method.label: result}))
-    Console().print(f"written: {run.evaluation_path}", highlight=False, soft_wrap=True)
+    console = Console()
+    run, *surrogates = (Run.open(folder) for folder in (arguments.run, *arguments.surrogates))
+    config = TransferConfig(**{setting.name: arguments[setting.name] for setting in fields(TransferConfig)})
+    matrix, black_box = transfer_run(run, surrogates, config, console=console)
+    console.print(transfer_table(matrix))
+    if black_box is not None:
+        console.print(black_box_table(black_box))
+    console.print(f"written: {run.folder}", highlight=False, soft_wrap=True)
 
 
 def _report(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
     from ceat_fast.reports import write_report
 
-    path = write_report([Path(run) for run in arguments.runs], Path(arguments.out), device=arguments.device)
+    path = write_report(arguments.folders, arguments.out, files=arguments.files)
+    Console().print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def _compare(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
+    from ceat_fast.reports import write_comparison
+
+    path = write_comparison(arguments.folders, arguments.out)
+    Console().print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def _export(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
+    from ceat_fast.export import export_run
+    from ceat_fast.training.run import Run
+
+    run = Run.open(arguments.run)
+    path = export_run(run, arguments.out, checkpoint=arguments.checkpoint, program=arguments.program)
     Console().print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
@@ -128,12 +216,23 @@ def _info(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None
     from rich.pretty import pprint
 
     import ceat_fast
+    from ceat_fast.ensemble.tuning import cache_path, remembered
     from ceat_fast.environment import describe_environment
 
-    pprint({"build": ceat_fast.build_info(), "environment": describe_environment()}, expand_all=True)
+    executions = {"remembered in": str(cache_path()), "choices": remembered()}
+    info = {"build": ceat_fast.build_info(), "environment": describe_environment(), "executions": executions}
+    pprint(info, expand_all=True)
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "report": _report, "info": _info}
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "transfer": _transfer,
+    "report": _report,
+    "compare": _compare,
+    "export": _export,
+    "info": _info,
+}
 
 
 def _fail(message: str, code: int) -> int:
@@ -150,7 +249,7 @@ def _readable(error: BaseException, commands: dict[str, ArgumentParser]) -> str:
         return message
     names = {action.dest for command in commands.values() for action in command._actions} | set(METHODS)
     names |= set(commands)
-    names |= {name for method in METHODS.values() for name in method().settings}
+    names |= setting_names()
     if 'key "method"' in message:
         message += f" (methods: {', '.join(METHODS)}, or the import path of your own)"
     return message + _did_you_mean(message, names)
@@ -158,7 +257,10 @@ def _readable(error: BaseException, commands: dict[str, ArgumentParser]) -> str:
 
 def _did_you_mean(message: str, names: set[str]) -> str:
     folded = {name.lower(): name for name in sorted(names)}
-    for word in re.findall(r"[A-Za-z_][\w.]*", message):
+    words = re.findall(r"[A-Za-z_][\w.]*", message.replace("Does not validate against any of the Union subtypes", ""))
+    for key, option in re.findall(r"""key "([\w.]+)".*Option '([\w.]+)'""", message):
+        words.insert(0, f"{key}.{option}")
+    for word in words:
         nearest = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.75)
         if word not in names and nearest:
             return f"; did you mean {folded[nearest[0]]!r}?"

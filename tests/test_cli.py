@@ -22,7 +22,7 @@ method: {{class_path: CEAT, init_args: {{lam: 5.0, mu: 1.0, impl: torch}}}}
 data: {{name: digits, train_images: 64}}
 attack: {{eps: 0.1, alpha: 0.05, steps: 1}}
 evaluation: {{eps: 0.1, alpha: 0.05, steps: 2}}
-optimizer: {{milestones: []}}
+schedule: {{milestones: []}}
 epochs: 1
 device: cpu
 """
@@ -64,11 +64,14 @@ def test_train_evaluate_report(config: str, tmp_path: Path, capsys: pytest.Captu
     table = capsys.readouterr().out
     assert all(text in table for text in ("clean", "PGD-3", "ensemble", "member 2"))
     tree = json.loads((run / "evaluation.json").read_text())
-    assert tree["attacks"]["PGD-3"]["eps"] == 0.1  # what is not given comes from the run
+    assert list(tree["attacks"]) == ["clean", "PGD-3", "MIM-3", "CW-3"]
+    assert tree["attacks"]["PGD-3"]["settings"]["eps"] == 0.1  # what is not given comes from the run
     assert {score["total"] for score in tree["scores"]} == {50}
 
-    assert main(["report", str(run), "--out", str(tmp_path / "report.html"), "--device", "cpu"]) == 0
-    assert "CEAT(lam=5, mu=2)" in (tmp_path / "report.html").read_text()
+    files = tmp_path / "files"
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html"), "--files", str(files)]) == 0
+    assert (files / "scores.csv").is_file()
+    assert "CEAT(lam=5, mu=2" in (tmp_path / "report.html").read_text()
 
 
 def test_info_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +85,13 @@ def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--optimizer.lr" in text
-    assert "learning rate after warm-up" in text
+    assert "--validation.images" in text
+    assert "how many to hold out" in text
+    assert "--optimizer.help" in text
+    with pytest.raises(SystemExit):
+        main(["train", "--optimizer.help", "SGD"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "learning rate that the schedule multiplies" in text
     assert "default: 0.01" in text
 
 
@@ -92,7 +100,11 @@ def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--method", "CAET"], "did you mean 'CEAT'?"),
         (["--method", "ceat"], "did you mean 'CEAT'?"),
-        (["--method.lamb", "3"], "did you mean 'lam'?"),
+        (["--method.lamb", "3"], "did you mean 'method.lam'?"),
+        (["--schedule", "Cosin"], "did you mean 'Cosine'?"),
+        (["--average", "EMMA"], "did you mean 'EMA'?"),
+        (["--schedule", "Cosine", "--schedule.finl", "0.1"], "did you mean 'schedule.final'?"),
+        (["--watch.patence", "2"], "did you mean 'watch.patience'?"),
         (["--optimizer.lt", "3"], "did you mean 'optimizer.lr'?"),
         (["--epoch", "3"], "did you mean 'epochs'?"),
         (["--epochs", "many"], 'Parser key "epochs"'),
@@ -142,3 +154,28 @@ def test_the_traceback_is_there_on_demand(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CEAT_FAST_DEBUG", "1")
     with pytest.raises(ValueError, match="is not a run folder"):
         main(["evaluate", "nowhere"])
+
+
+def test_transfer_between_members_and_from_surrogates(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(tmp_path / name) for name in ("first", "second")]
+    for seed, run in enumerate(runs):
+        assert main(["train", "--config", config, "--out", run, "--seed", str(seed)]) == 0
+    capsys.readouterr()
+    options = ["--eps", "0.1", "--steps", "2", "--surrogate_steps", "2", "--images", "40", "--protocol", "all"]
+    assert main(["transfer", runs[0], "--surrogates", runs[1], *options]) == 0
+    printed = capsys.readouterr().out
+    matrix = json.loads((tmp_path / "first" / "transfer.json").read_text())
+    assert matrix["targets"] == ["member 0", "member 1", "member 2", "ensemble"]
+    assert len(matrix["samples"]) == 40
+    assert (matrix["attack"]["eps"], matrix["attack"]["alpha"], matrix["attack"]["restarts"]) == (0.1, 0.02, 5)
+    assert f"{100 * matrix['rates'][0][0]:.1f}" in printed
+    result = json.loads((tmp_path / "first" / "black_box.json").read_text())
+    rows = result["accuracies"]["ensemble"]
+    assert list(rows) == ["clean", *(f"{runs[1]} / {name}" for name in result["attacks"]), "all"]
+    assert rows["all"]["accuracy"] <= min(row["accuracy"] for row in rows.values())
+
+    assert "cannot be its own surrogate" in failure(capsys, "transfer", runs[0], "--surrogates", runs[0])
+    assert "unknown protocol 'none'" in failure(capsys, "transfer", runs[0], "--protocol", "none")
+    assert "alpha must be above 0" in failure(capsys, "transfer", runs[0], "--eps", "0")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ceat_fast.attacks import PGD
+from ceat_fast.attacks import CW, MIM, PGD
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import EvaluationResult, Score, evaluate, wilson_interval
 
@@ -56,47 +58,141 @@ def test_each_member_is_judged_on_inputs_made_against_itself() -> None:
     assert evaluate(ensemble, IMAGES, LABELS, ATTACK, members=False).subjects == ["ensemble"]
 
 
-def test_the_result_does_not_depend_on_the_batch_size() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
-    images = torch.rand(50, 1, 2, 2)
-    labels = torch.randint(2, (50,))
-    attack = {"PGD": PGD(eps=0.2, alpha=0.1, steps=1, seed=3)}
-    one, other = (evaluate(model, images, labels, attack, batch_size=size) for size in (50, 7))
-    assert torch.equal(one.score("model", "PGD").correct, other.score("model", "PGD").correct)
-
-
 def test_the_default_attack_is_the_papers() -> None:
     result = evaluate(Threshold(0.5).eval(), IMAGES, LABELS)
-    settings = result.attacks["PGD-20"]
+    settings = result.settings("PGD-20")
     assert (settings["eps"], settings["alpha"], settings["steps"], settings["restarts"]) == (0.031, 0.007, 20, 1)
     assert settings["eps_255"] == pytest.approx(7.905)
+    assert result.attacks["PGD-20"]["passes"] == [20, 20]
 
 
 def test_the_file_holds_everything_and_reads_back(tmp_path: Path) -> None:
-    result = evaluate(Threshold(0.5).eval(), IMAGES, LABELS, {"PGD": PGD(eps="8/255", alpha="2/255", steps=2, seed=5)})
+    attacks = {"PGD": PGD(eps="8/255", alpha="8/255", steps=2, restarts=3, seed=5)}
+    result = evaluate(Threshold(0.5).eval(), IMAGES, LABELS, attacks, about={"name": "toy"})
     path = tmp_path / "evaluation.json"
     result.save(path)
     tree = json.loads(path.read_text())
-    assert tree["attacks"]["PGD"] | {"seconds": 0} == {
-        "norm": "Linf",
-        "eps": 8 / 255,
-        "eps_255": 8.0,
-        "eps_as_given": "8/255",
-        "alpha": 2 / 255,
-        "steps": 2,
-        "restarts": 1,
-        "random_start": True,
-        "loss": "ce",
-        "seed": 5,
-        "precision": "fp32",
-        "seconds": 0,
-    }
+    settings = tree["attacks"]["PGD"]["settings"]
+    expected = {"attack": "PGD", "norm": "Linf", "eps": 8 / 255, "eps_255": 8.0, "eps_as_given": "8/255"}
+    expected |= {"alpha": 8 / 255, "alpha_as_given": "8/255", "steps": 2, "restarts": 3, "seed": 5, "loss": "ce"}
+    assert {name: settings[name] for name in expected} == expected
+    assert "goal" not in settings
+    assert tree["attacks"]["PGD"]["passes"] == [9, 6]
     clean = tree["scores"][0]
     assert (clean["correct"], clean["total"], clean["verdicts"]) == (6, 6, "111111")
+    assert clean["predictions"] == "0 0 0 1 1 1"
+    assert clean["margins"] == "16 6 2 2 6 16"  # 2 * sharpness * distance to the threshold
+    assert clean["norms"] == "0 0 0 0 0 0"
+    assert tree["scores"][1]["norms"] == " ".join(["0.031373"] * 6)
+    assert tree["labels"] == "0 0 0 1 1 1"
+    assert tree["about"]["name"] == "toy"
+    assert tree["about"]["classes"] == 2
     assert torch.__version__.startswith(tree["environment"]["packages"]["torch"].partition("+")[0])
-    assert EvaluationResult.load(path).to_dict() == tree
-    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+    read = EvaluationResult.load(path)
+    assert json.loads(json.dumps(read.to_dict())) == tree
+    assert read.examples is not None
+    assert torch.equal(read.examples.adversarial, result.examples.adversarial)  # type: ignore[union-attr]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluation.examples.safetensors", "evaluation.json"]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"scores": []}')
+    with pytest.raises(ValueError, match="no evaluation of this version"):
+        EvaluationResult.load(tmp_path / "evaluation.json")
+
+
+def test_the_examples_are_the_samples_with_the_lowest_margin_under_attack() -> None:
+    result = evaluate(Threshold(0.5).eval(), IMAGES, LABELS.roll(1), ATTACK)  # labels 1 0 0 0 1 1: samples 0, 3 wrong
+    examples = result.examples
+    assert examples is not None
+    assert [examples.samples[0], *sorted(examples.samples[1:3]), examples.samples[3]] == [2, 1, 4, 5]  # by distance
+    assert (examples.labels[0], examples.clean_predictions[0], examples.adversarial_predictions[0]) == (0, 0, 1)
+    assert torch.allclose(examples.adversarial[0] - examples.clean[0], torch.tensor(0.1))
+    assert torch.allclose(examples.adversarial[3] - examples.clean[3], torch.tensor(-0.1))
+    assert (examples.attack, examples.eps) == ("PGD", 0.1)
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)).eval()
+
+
+def everything(result: EvaluationResult) -> dict[str, Any]:
+    """What must not depend on how the work was divided: all but times and margins' last digits."""
+    return {
+        f"{score.subject} {score.attack}": (score.correct.tolist(), score.prediction.tolist())
+        for score in result.scores
+    }
+
+
+def random_task(members: int = 3, samples: int = 40) -> tuple[Ensemble, Tensor, Tensor]:
+    ensemble = Ensemble([network(seed) for seed in range(members)]).eval()
+    images = torch.rand(samples, 1, 4, 4, generator=torch.Generator().manual_seed(9))
+    labels = ensemble(images).argmax(1)
+    labels[::5] = (labels[::5] + 1) % 4
+    return ensemble, images, labels.detach()
+
+
+RANDOMISED = {
+    "PGD": PGD(eps=0.1, alpha=0.03, steps=3, restarts=2, seed=3),
+    "MIM": MIM(eps=0.1, alpha=0.03, steps=3, random_start=True, seed=3),
+    "CW": CW(eps=0.05, alpha=0.02, steps=3, seed=3),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500], ids=["single", "uneven", "larger than the set"])
+def test_the_verdicts_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model, images, labels = random_task()
+    expected = everything(evaluate(model, images, labels, RANDOMISED, batch_size=20, sanity_samples=0))
+    assert everything(evaluate(model, images, labels, RANDOMISED, batch_size=batch_size, sanity_samples=0)) == expected
+    robust = expected["ensemble PGD"][0]
+    assert 0 < sum(robust) < len(robust)
+
+
+def test_the_verdicts_do_not_depend_on_the_order() -> None:
+    model, images, labels = random_task()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    expected = evaluate(model, images, labels, RANDOMISED, sanity_samples=0)
+    shuffled = evaluate(model, images[order], labels[order], RANDOMISED, index=order, sanity_samples=0)
+    for one, other in zip(expected.scores, shuffled.scores, strict=True):
+        assert torch.equal(one.prediction[order], other.prediction)
+
+
+@dataclass(frozen=True)
+class Brighten:
+    """An attack that knows nothing of goals: adds eps to everything."""
+
+    eps: float = 0.1
+    seed: int | None = 0
+    overshoot: float = 1.0
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
+        assert not isinstance(model, Threshold) or isinstance(model.threshold, nn.Parameter)
+        return (x + self.overshoot * self.eps).clamp(0, 1)
+
+
+def test_an_attack_without_goal_is_aimed_at_each_member() -> None:
+    ensemble = Ensemble([Threshold(0.5), Threshold(0.75)], backend="loop").eval()
+    result = evaluate(ensemble, IMAGES, LABELS, {"brighten": Brighten()})
+    assert flags(result.score("member 0", "brighten")) == [True, True, False, True, True, True]
+    assert flags(result.score("member 1", "brighten")) == [True, True, True, False, False, True]
+    assert result.settings("brighten") == {
+        "attack": "Brighten",
+        "eps": 0.1,
+        "eps_255": pytest.approx(25.5),
+        "eps_as_given": "0.1",
+        "seed": 0,
+        "overshoot": 1.0,
+    }
+
+
+def test_a_compiled_model_gives_the_same_verdicts_and_fingerprint() -> None:
+    model, images, labels = random_task(members=1)
+    plain = evaluate(model.members[0], images, labels, RANDOMISED)
+    compiled = evaluate(torch.compile(model.members[0], backend="eager"), images, labels, RANDOMISED)
+    assert everything(compiled) == everything(plain)
+    assert compiled.about["fingerprint"] == plain.about["fingerprint"]
+    assert [check.outcome for check in compiled.checks] == [check.outcome for check in plain.checks]
 
 
 def test_wilson_interval() -> None:
@@ -141,6 +237,28 @@ def test_bad_input_is_refused() -> None:
         evaluate(model, IMAGES, LABELS, ATTACK, batch_size=0)
     with pytest.raises(ValueError, match="the name 'clean' is taken"):
         evaluate(model, IMAGES, LABELS, {"clean": ATTACK["PGD"]})
+    with pytest.raises(ValueError, match=r"attacks\['PGD'\] has seed=None"):
+        evaluate(model, IMAGES, LABELS, {"PGD": PGD(steps=1)})
+    with pytest.raises(TypeError, match="must be a dataclass"):
+        evaluate(model, IMAGES, LABELS, {"noise": lambda model, x, y, index: x})
+    with pytest.raises(ValueError, match="index must be int64"):
+        evaluate(model, IMAGES, LABELS, ATTACK, index=torch.arange(5))
+    with pytest.raises(ValueError, match="sanity_samples must be at least 0"):
+        evaluate(model, IMAGES, LABELS, ATTACK, sanity_samples=-1)
+    with pytest.raises(ValueError, match="keep_adversarials=True needs a journal"):
+        evaluate(model, IMAGES, LABELS, ATTACK, keep_adversarials=True)
+    with pytest.raises(ValueError, match="must be a folder"):
+        evaluate(model, IMAGES, LABELS, ATTACK, journal=__file__)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(4, 1)).eval(), IMAGES, LABELS * 0, ATTACK)
+
+
+def test_an_attack_that_leaves_its_set_is_refused() -> None:
+    model = Threshold(0.5).eval()
+    with pytest.raises(ValueError, match=r"Brighten left its ball: Linf distance 0.2, eps 0.1"):
+        evaluate(model, IMAGES, LABELS, {"far": Brighten(overshoot=2.0)})
+    with pytest.raises(ValueError, match=r"Brighten left \[0, 1\] or returned NaN"):
+        evaluate(model, IMAGES, LABELS, {"nan": Brighten(overshoot=torch.nan)})
 
 
 def test_a_submodule_in_train_mode_is_refused() -> None:

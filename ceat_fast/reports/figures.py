@@ -1,137 +1,101 @@
-"""The figures of the report, each as PNG bytes. matplotlib is imported on use and never touches a display."""
+"""The figures about evaluations."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import numpy
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Records = Sequence[Mapping[str, Any]]  # metrics.jsonl
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart with any colour vision
+from ceat_fast.evaluation import CLEAN, EvaluationResult
+from ceat_fast.evaluation.sanity import curve
+from ceat_fast.reports.canvas import COLOURS, Picture, canvas, picture
 
 
-class Examples(NamedTuple):
-    """Some test images, what the attack made of them, and what the ensemble says."""
+def accuracy_curves(results: Mapping[str, EvaluationResult], over: str, members: bool = True) -> Picture | None:
+    """Accuracy over "eps" or "steps", with 95 % intervals for ensembles; None if no result has such a curve.
 
-    clean: Tensor  # (N, C, H, W) in [0, 1]
-    adversarial: Tensor  # (N, C, H, W)
-    labels: Tensor  # (N,)
-    clean_predictions: Tensor  # (N,)
-    adversarial_predictions: Tensor  # (N,)
-
-
-def training_curves(runs: Mapping[str, Records]) -> bytes:
-    """Loss, adversarial cross-entropy and adversarial training accuracy over the epochs."""
-    panels = {
-        "loss": "loss (mean over members)",
-        "ce": "cross-entropy, adversarial",
-        "train_adv_accuracy": "training accuracy, adversarial",
-    }
-    figure, axes = _panels(1, len(panels))
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        _lines(axis, {label: [record.get(key) for record in records] for label, records in runs.items()}, title)
-    axes[0].legend(fontsize=8)
-    return _png(figure)
-
-
-def weight_curves(runs: Mapping[str, Records]) -> bytes | None:
-    """Mean and largest weight over the epochs, log scale; None if no run has weights."""
-    runs = {label: records for label, records in runs.items() if "adv_weight" in records[0]}
-    if not runs:
+    With a single result its members are shown too, thin and grey.
+    """
+    curves = {label: (result, curve(result, over)) for label, result in results.items() if curve(result, over)}
+    if not curves:
         return None
-    figure, axes = _panels(1, 2)
-    for axis, (key, title) in zip(
-        axes, {"nat_weight": "clean weight", "adv_weight": "adversarial weight"}.items(), strict=True
-    ):
-        curves = {f"{label}, mean": [record[key] for record in records] for label, records in runs.items()}
-        curves |= {f"{label}, largest": [record[key + "_max"] for record in records] for label, records in runs.items()}
-        _lines(axis, curves, title)
-        largest = max(max(curve) for curve in curves.values())
-        axis.set_yscale("log")
-        axis.set_ylim(0.9, max(10.0, 1.5 * largest))
-        axis.yaxis.set_major_formatter("{x:g}")
-    axes[0].legend(fontsize=8, loc="upper left")
-    return _png(figure)
-
-
-def disparity_maps(runs: Mapping[str, Records]) -> bytes:
-    """Histogram of the disparity (vertical) over the epochs (horizontal), as share of the samples, log colours."""
-    from matplotlib.colors import LogNorm
-
-    names = {"adv_disparity_histogram": "adversarial", "nat_disparity_histogram": "clean"}
-    maps = [
-        (f"{label}, {title}", numpy.array([record[key] for record in records], dtype=float))
-        for label, records in runs.items()
-        for key, title in names.items()
-        if key in records[0]
-    ]
-    figure, axes = _panels(1, len(maps))
-    for axis, (title, counts) in zip(axes, maps, strict=True):
-        share = counts / counts.sum(1, keepdims=True)
-        image = axis.imshow(
-            share.T,
-            origin="lower",
-            aspect="auto",
-            extent=(0.5, len(counts) + 0.5, 0, 1),
-            norm=LogNorm(1e-5, 1),
-            cmap="viridis",
-        )
-        axis.set_facecolor("black")
-        axis.set(title=title, xlabel="epoch", ylabel="disparity of the peers")
-    figure.colorbar(image, ax=axes, label="share of samples")
-    return _png(figure)
-
-
-def adversarial_examples(examples: Examples, magnify: float) -> bytes:
-    """Rows: clean, adversarial, perturbation around grey, `magnify` times as strong; predictions above."""
-    count = len(examples.labels)
-    figure, axes = _panels(3, count, width=1.1, height=1.25)
-    perturbation = (0.5 + magnify * (examples.adversarial - examples.clean)).clamp(0, 1)
-    for column in range(count):
-        label = int(examples.labels[column])
-        predictions = (examples.clean_predictions[column], examples.adversarial_predictions[column])
-        images = (examples.clean[column], examples.adversarial[column], perturbation[column])
-        for row, image in enumerate(images):
-            axis = axes[row * count + column]
-            _image(axis, image)
-            if row < 2:
-                wrong = int(predictions[row]) != label
-                axis.set_title(f"{label} → {int(predictions[row])}", fontsize=9, color="#d55e00" if wrong else "black")
-    for row, title in enumerate(("clean", "adversarial", f"difference x{magnify:.1f}")):
-        axes[row * count].set_ylabel(title, fontsize=8)
-    return _png(figure)
-
-
-def _panels(rows: int, columns: int, width: float = 3.4, height: float = 2.9) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns + 0.6, height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _lines(axis: Axes, curves: Mapping[str, Sequence[float | None]], title: str) -> None:
-    for (label, values), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
-        points = [(epoch, value) for epoch, value in enumerate(values, start=1) if value is not None]
-        axis.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(points) < 3 else None)
-    axis.set(title=title, xlabel="epoch")
+    figure, axis = canvas()
+    for (label, (result, names)), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
+        for subject in result.subjects[1:] if members and len(curves) == 1 else []:
+            points = _points(result, names, subject, over)
+            caption = "members" if subject == result.subjects[1] else None
+            axis.plot([p[0] for p in points], [p[1] for p in points], color="#999", lw=0.9, label=caption)
+        points = _points(result, names, result.main_subject, over)
+        x, y, low, high = zip(*points, strict=True)
+        axis.plot(x, y, color=colour, marker="o", ms=4, label=result.main_subject if len(curves) == 1 else label)
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    first, names = next(iter(curves.values()))
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("accuracy in %")
+    axis.set_xlabel({"eps": f"eps ({first.settings(names[0]).get('norm', 'Linf')})", "steps": "steps of PGD"}[over])
+    if over == "steps":
+        axis.set_xscale("log")
+        ticks = [first.settings(name)["steps"] for name in names]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
     axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    return picture(figure)
 
 
-def _image(axis: Axes, image: Tensor) -> None:
-    pixels = image.permute(1, 2, 0).numpy()
-    axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-    axis.set_xticks([])
-    axis.set_yticks([])
+def heat_map(
+    values: Tensor, rows: Sequence[str], columns: Sequence[str], row_title: str, column_title: str, good_is_high: bool
+) -> Picture:
+    """A matrix (R, C) of percentages, its numbers written in; the darker, the worse.
+
+    For example a transfer matrix: any plain tensor, with names for its rows and columns.
+
+    Raises:
+        ValueError: the names do not fit the matrix.
+    """
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"a matrix of {tuple(values.shape)} needs as many names, got {len(rows)} and {len(columns)}")
+    slanted = max(len(name) for name in columns) > 9
+    width = 1.2 + 0.075 * max(len(name) for name in rows) + 0.66 * len(columns)
+    figure, axis = canvas(width, 1.1 + 0.3 * slanted + 0.32 * len(rows))
+    axis.imshow(values.numpy(), cmap="YlGnBu_r" if good_is_high else "YlOrRd", vmin=0, vmax=100, aspect="auto")
+    dark = values < 50 if good_is_high else values > 60
+    for row, column in itertools.product(range(len(rows)), range(len(columns))):
+        ink = "white" if dark[row, column] else "black"
+        text = f"{values[row, column].item():.1f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
+    turn: dict[str, Any] = {"rotation": 35, "ha": "right"} if slanted else {}
+    axis.set_xticks(range(len(columns)), columns, fontsize=8.5, **turn)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8.5)
+    axis.set(xlabel=column_title, ylabel=row_title)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return picture(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def image_png(image: Tensor) -> bytes:
+    """An image (C, H, W) in [0, 1], 1 or 3 channels, as PNG with one pixel per pixel."""
+    from matplotlib.image import imsave
+
+    pixels = image.clamp(0, 1).permute(1, 2, 0)
+    pixels = pixels.expand(*pixels.shape[:2], 3)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    imsave(buffer, (pixels * 255).round().to(torch.uint8).contiguous().numpy(), format="png")
     return buffer.getvalue()
+
+
+def perturbation(clean: Tensor, adversarial: Tensor, eps: float) -> Tensor:
+    """The difference around grey: full contrast is eps."""
+    return (0.5 + (adversarial - clean) / (2 * eps)).clamp(0, 1)
+
+
+def _points(result: EvaluationResult, names: Sequence[str], subject: str, over: str) -> list[tuple[float, ...]]:
+    """(x, accuracy, low, high) in percent, from the clean accuracy at eps 0 on."""
+    scores = [(result.settings(name)[over], result.score(subject, name)) for name in names]
+    if over == "eps":
+        scores.insert(0, (0.0, result.score(subject, CLEAN)))
+    return [(float(x), *(100 * value for value in (score.accuracy, *score.interval))) for x, score in scores]

@@ -1,4 +1,4 @@
-"""One table of accuracies, for the terminal."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,30 +6,58 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from ceat_fast.evaluation import EvaluationResult
+from ceat_fast.evaluation import BlackBoxResult, EvaluationResult, TransferMatrix
+from ceat_fast.evaluation.result import OK
 
 
 def score_table(results: Mapping[str, EvaluationResult]) -> Table:
-    """Accuracy in percent with its 95 % interval; rows: method and subject, columns: attacks."""
-    columns = list(dict.fromkeys(score.attack for result in results.values() for score in result.scores))
+    """Accuracy in percent with its 95 % interval; rows: method and attack, columns: ensemble and members."""
+    subjects = list(dict.fromkeys(subject for result in results.values() for subject in result.subjects))
     table = Table(title="Accuracy in % (95 % interval)", title_justify="left")
-    for name in ("method", "subject"):
+    for name in ("method", "attack"):
         table.add_column(name)
-    for name in columns:
+    for name in subjects:
         table.add_column(name, justify="right")
     for label, result in results.items():
-        for subject in result.subjects:
-            cells = {
-                score.attack: percent(score.accuracy, *score.interval)
-                for score in result.scores
-                if score.subject == subject
-            }
-            table.add_row(
-                label,
-                subject,
-                *(cells.get(column, "-") for column in columns),
-                end_section=subject == result.subjects[-1],
-            )
+        attacks = list(result.attacks)
+        for attack in attacks:
+            scores = {score.subject: score for score in result.scores if score.attack == attack}
+            shown = {name: percent(score.accuracy, *score.interval) for name, score in scores.items()}
+            cells = [shown.get(name, "-") for name in subjects]
+            table.add_row(label if attack == attacks[0] else "", attack, *cells, end_section=attack == attacks[-1])
+    return table
+
+
+def check_table(result: EvaluationResult) -> Table:
+    """The flags of the sanity report, and the names of the checks without one."""
+    passed = [check.name for check in result.checks if check.outcome == OK]
+    table = Table(title=f"Sanity checks: {len(result.flags)} flag(s)", title_justify="left", show_header=False)
+    for check in result.flags:
+        table.add_row(f"[bold red]{check.name}[/]", f"{check.finding}\n-> {check.advice}")
+    table.add_row(f"[green]{len(passed)} passed[/]", ", ".join(passed))
+    return table
+
+
+def transfer_table(matrix: TransferMatrix) -> Table:
+    """Success rate in percent; rows: whom the inputs were made against, columns: who was shown them."""
+    table = Table(title=f"Inputs that mislead, in % of {len(matrix.samples)} samples", title_justify="left")
+    table.add_column("made against")
+    for name in matrix.targets:
+        table.add_column(f"on {name}", justify="right")
+    for name, rates in zip(matrix.sources, matrix.rates.tolist(), strict=True):
+        table.add_row(name, *(f"{100 * rate:.1f}" for rate in rates))
+    return table
+
+
+def black_box_table(result: BlackBoxResult) -> Table:
+    """Accuracy in percent; rows: what the inputs were made against, columns: subjects."""
+    table = Table(title="Accuracy in % on inputs made against surrogates", title_justify="left")
+    table.add_column("surrogate / attack")
+    columns = [result.accuracies(subject) for subject in result.subjects]
+    for name in result.subjects:
+        table.add_column(name, justify="right")
+    for row in columns[0]:
+        table.add_row(row, *(f"{100 * column[row]:.1f}" for column in columns))
     return table
 
 
