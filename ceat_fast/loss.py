@@ -110,16 +110,17 @@ def calibrated_distance(
     max_weight: float | None = None,
     reduction: str = "mean",
     impl: str = "auto",
-) -> Tensor:
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, CeatParts]:
     """The calibrating distance regularisation alone: lam * L^D_nat + mu * L^D_adv (eq. 19 and 21), without eq. 6.
 
     Adds to the loss of any other ensemble method (the paper's Table 2). Arguments, result and errors as `ceat_loss`.
     """
-    loss, _ = _ceat(
+    loss, parts = _ceat(
         adv_logits, nat_logits, target, 0.0, lam, mu, lam_exponent, mu_exponent, pair_reduction, distance_reduction,
-        detach_nat, max_weight, reduction, impl, False,
+        detach_nat, max_weight, reduction, impl, return_parts,
     )  # fmt: skip
-    return loss
+    return (loss, parts) if parts is not None else loss
 
 
 class CEATLoss(nn.Module):

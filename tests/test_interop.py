@@ -62,3 +62,35 @@ def test_foolbox(ens, correct):
     ours = PGD(eps=EPS, alpha=EPS / 4, steps=20, seed=0)(ens, x, y)
     assert success.float().mean().item() == pytest.approx(fooled(ens, theirs, x, y))
     assert fooled(ens, ours, x, y) == pytest.approx(fooled(ens, theirs, x, y), abs=0.1)
+
+
+def test_foolbox_in_the_l2_ball(ens, correct):
+    foolbox = pytest.importorskip("foolbox", reason="pip install foolbox")
+    x, y = correct
+    model = foolbox.PyTorchModel(ens, bounds=(0, 1), device="cpu")
+    torch.manual_seed(0)
+    _, theirs, _ = foolbox.attacks.L2PGD(rel_stepsize=0.25, steps=40)(model, x, y, epsilons=0.3)
+    ours = PGD(eps=0.3, alpha=0.075, steps=40, seed=0, norm="L2")(ens, x, y)
+    assert (ours - x).flatten(1).norm(dim=1).max().item() <= 0.3 + 1e-6
+    rates = [(ens(z).argmax(1) != y).float().mean().item() for z in (theirs, ours)]
+    assert rates[1] == pytest.approx(rates[0], abs=0.1)
+    assert rates[1] > 0.2
+
+
+def test_art(ens, correct):
+    pytest.importorskip("art", reason="pip install adversarial-robustness-toolbox packaging")
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    x, y = correct
+    classifier = PyTorchClassifier(
+        ens, loss=nn.CrossEntropyLoss(), input_shape=x.shape[1:], nb_classes=4, clip_values=(0, 1), device_type="cpu"
+    )
+    predicted = classifier.predict(x.numpy(), batch_size=24)
+    torch.testing.assert_close(torch.from_numpy(predicted), ens(x).detach())
+    attack = ProjectedGradientDescentPyTorch(
+        classifier, norm="inf", eps=EPS, eps_step=EPS / 4, max_iter=20, num_random_init=1, verbose=False
+    )
+    theirs = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+    ours = PGD(eps=EPS, alpha=EPS / 4, steps=20, seed=0)(ens.eval(), x, y)
+    assert fooled(ens, ours, x, y) == pytest.approx(fooled(ens, theirs, x, y), abs=0.1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from ceat_fast.attacks import PGD, parse_budget
+from ceat_fast.attacks import CW, MDI2, MIM, PGD, parse_budget
 from ceat_fast.attacks.objective import Objective
 from ceat_fast.ensemble import Ensemble
 
@@ -387,3 +387,84 @@ def test_nan_logits_are_an_error(ens):
 def test_a_model_must_return_logits():
     with pytest.raises(ValueError, match=r"model must return logits \(B, K\), got \(6, 1, 4, 4\)"):
         PGD(steps=1)(nn.Identity().eval(), *batch())
+
+
+class SeenTypes(SmallNet):
+    """Notes the types of its inputs."""
+
+    seen: list[torch.dtype] = []  # noqa: RUF012 copies of the model share it
+
+    def forward(self, x):
+        self.seen += [x.dtype] * (len(x) > 0)  # a length stops symbolic tracing, which would lose the note
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_searches_and_fp32_chooses(precision, dtype):
+    torch.manual_seed(0)
+    model = SeenTypes().eval()
+    x, y = batch()
+    SeenTypes.seen.clear()
+    result = PGD(0.1, 0.03, 3, restarts=2, seed=0, precision=precision)(model, x.float(), y)
+    assert SeenTypes.seen == [dtype] * 3 + [torch.float32]
+    assert result.dtype == torch.float32
+    exact = PGD(0.1, 0.03, 3, restarts=2, seed=0)(model, x.float(), y)
+    assert (result == exact).float().mean().item() > 0.8
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="unknown precision 'half'"):
+        PGD(precision="half")
+
+
+@pytest.mark.parametrize("attack", [PGD, MIM, CW, MDI2])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_compiled_model_is_attacked_like_the_model(ens, attack, norm):
+    model = ens.members[0]
+    compiled = torch.compile(model, backend="aot_eager").eval()
+    x, y = batch()
+    settings = {"eps": 0.1, "alpha": 0.03, "steps": 3, "norm": norm, "seed": 0}
+    expected = attack(**settings)(model, x, y)
+    torch.testing.assert_close(attack(**settings)(compiled, x, y), expected, atol=1e-12, rtol=0)
+
+
+def test_a_model_of_torchvision():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    result = PGD(eps="8/255", alpha="4/255", steps=2, seed=0)(model, x, y)
+    assert (result - x).abs().max().item() <= 8 / 255 + 1e-7
+    before, after = (F.cross_entropy(model(z), y, reduction="none") for z in (x, result))
+    assert bool((after > before).all())
+
+
+class Counted(nn.Module):
+    """Counts the samples of its forward and backward passes."""
+
+    forwards = 0
+    backwards = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        Counted.forwards += len(x)
+        if x.requires_grad:
+            x.register_hook(self._count)
+        return self.fc(x.flatten(1))
+
+    @staticmethod
+    def _count(grad):
+        Counted.backwards += len(grad)
+
+
+@pytest.mark.parametrize("attack", [PGD, MIM, CW, MDI2])
+@pytest.mark.parametrize(("restarts", "forwards", "backwards"), [(1, 20, 20), (5, 105, 100)])
+def test_passes_per_sample(attack, restarts, forwards, backwards):
+    """Restarts cost one more forward each, for the choice among them."""
+    Counted.forwards = Counted.backwards = 0
+    x, y = batch()
+    attack(steps=20, random_start=True, restarts=restarts)(Counted().eval(), x.float(), y)
+    assert (Counted.forwards / 6, Counted.backwards / 6) == (forwards, backwards)

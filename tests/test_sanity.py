@@ -246,6 +246,24 @@ def test_few_classes_weaken_autoattack() -> None:
     assert outcome("enough classes", {"aa": (AUTO, 0.5)}, classes=9).outcome == "flag"
 
 
+def test_tf32_is_flagged() -> None:
+    found = result({"a": (pgd(0.03), 0.5)})
+    found.about["arithmetic"] = "TF32"
+    (check,) = [check for check in check_scores(found) if check.name == "searched in fp32"]
+    assert (check.outcome, check.finding) == ("flag", "convolutions were rounded to TF32")
+
+
+@pytest.mark.parametrize(("found", "expected"), [(1, "ok"), (2, "ok"), (3, "flag")])
+def test_square_within_autoattack(found: int, expected: str) -> None:
+    evaluated = result({"AA": (AUTO, 0.5)})  # of 1,000 samples, 0.2 % are 2
+    evaluated.attacks["AA"]["found_by"] = {"model": {"clean": 100, "apgd-ce": 300, "square": found}}
+    evaluated.attacks["AA"]["flags"] = ["square lowers the robust accuracy by 1.00% after other attacks", "odd 3 of 4"]
+    evaluated.attacks["AA"]["flags"].append("odd 5 of 6")
+    checks = {check.name: check for check in check_scores(evaluated)}
+    assert checks["Square within AutoAttack"].outcome == expected
+    assert [check.finding for name, check in checks.items() if name == "remark of AA"] == ["odd 3 of 4"]
+
+
 def test_a_curve_is_the_longest_group_that_differs_in_one_setting() -> None:
     columns = {"b": (pgd(0.05), 0.3), "a": (pgd(0.03), 0.5), "long": (pgd(0.03, 100), 0.5), "c": (pgd(0.1), 0.1)}
     assert curve(result(columns), "eps") == ["a", "b", "c"]

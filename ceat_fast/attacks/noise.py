@@ -43,3 +43,33 @@ def keyed_uniform(index: Tensor, shape: Sequence[int], key: Sequence[int], dtype
     counter = torch.arange(1, math.prod(shape) + 1, device=index.device)
     bits = _mix(sample[:, None] + counter * _GAMMA)
     return ((bits >> 40) & ((1 << 24) - 1)).to(dtype).mul_(2.0**-24).view(len(index), *shape)
+
+
+class Noise:
+    """The random numbers of one attack call on B samples with R restarts.
+
+    With a seed they are keyed by (seed, attack, restart, what for, sample index); else torch's generator of the device
+    draws them.
+
+    Args:
+        seed: any int, or None.
+        attack: the attack's name: keeps the numbers of attacks with the same seed apart.
+        index: (B,) int64 sample indices; default 0 to B-1.
+        restarts: R.
+        like: a tensor (B, ...) of the dtype and device wanted.
+    """
+
+    def __init__(self, seed: int | None, attack: str, index: Tensor | None, restarts: int, like: Tensor) -> None:
+        self._seed = seed
+        self._attack = int.from_bytes(attack.encode(), "big")
+        self._index = torch.arange(len(like), device=like.device) if index is None else index.to(like.device)
+        self._restarts = restarts
+        self._like = like
+
+    def uniform(self, count: int, *purpose: int) -> Tensor:
+        """(R * B, count) numbers in [0, 1), restart by restart; `purpose` keeps uses within the attack apart."""
+        if self._seed is None:
+            shape = (self._restarts * len(self._index), count)
+            return torch.rand(shape, dtype=self._like.dtype, device=self._like.device)
+        keys = ((self._seed, self._attack, restart, *purpose) for restart in range(self._restarts))
+        return torch.cat([keyed_uniform(self._index, (count,), key, self._like.dtype) for key in keys])

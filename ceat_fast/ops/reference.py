@@ -130,8 +130,11 @@ def ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int) -> Te
     return reduce_batch(losses, reduction)
 
 
-def pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
-    """Clamp x_adv + alpha * sign(grad) to the Linf ball of radius eps around x and to [0, 1]; NaN stays NaN."""
+def pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float | Tensor) -> Tensor:
+    """Clamp x_adv + alpha * sign(grad) to the Linf ball of radius eps around x and to [0, 1]; NaN stays NaN.
+
+    eps is one radius, or a tensor of radii that broadcasts over x.
+    """
     sign = torch.where(grad.isnan(), grad, grad.sign())  # torch.sign(NaN) is 0
     step = x_adv + alpha * sign.to(x_adv.dtype)
     return torch.minimum(torch.maximum(step, x - eps), x + eps).clamp(0.0, 1.0)

@@ -1,0 +1,211 @@
+"""The bookkeeping of one call of APGD, FAB, Square or AutoAttack: what is attacked still, and what was found."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ceat_fast.attacks.ball import unit_l2
+from ceat_fast.attacks.geometry import NORM_ORDERS, length
+from ceat_fast.attacks.inputs import require_eval_mode, require_inputs
+from ceat_fast.attacks.objective import margin
+from ceat_fast.attacks.outputs import outputs
+from ceat_fast.attacks.result import CLEAN, AttackResult, Observer
+from ceat_fast.attacks.worklist import Ended, Samples, Search, Verdict, WorkList
+from ceat_fast.ensemble.frozen import frozen, resolve_precision
+
+_SLACK = 2.0**-7  # two units in the last place of bfloat16
+_REPETITIONS, _MOST_DRIFT = 5, 1e-4  # of the check for random answers, as in AutoAttack
+
+
+class Settings(Protocol):
+    """What a session needs to know of an attack."""
+
+    @property
+    def norm(self) -> str: ...
+    @property
+    def radius(self) -> float: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+class Searching(Protocol):
+    """An attack that a session can run."""
+
+    @property
+    def name(self) -> str: ...
+    def search(self, view: nn.Module, slack: float, classes: int) -> Search[Any]: ...
+
+
+class Session:
+    """One call: the samples, the model to search and to judge with, and the result so far.
+
+    Args:
+        judge: the model as given; its answers are the verdicts.
+        view: the frozen model to search with.
+        precision: what the view computes in.
+        samples: without outputs.
+        settings: norm, precision and batch size.
+        observer: see `SearchAttack.run`.
+    """
+
+    def __init__(
+        self,
+        judge: nn.Module,
+        view: nn.Module,
+        samples: Samples,
+        settings: Settings,
+        precision: str,
+        observer: Observer | None,
+    ) -> None:
+        began = time.perf_counter()
+        self._judge = judge
+        self._view = view
+        self._settings = settings
+        self._observer = observer
+        self._slack = 0.0 if precision == "fp32" else _SLACK
+        x, y = samples.x, samples.y
+        clean = self._clean_outputs(x, y)
+        self._samples = samples._replace(clean=clean)
+        prediction = clean.argmax(1)
+        fooled = prediction != y
+        ones = torch.ones_like(y)
+        self.result = AttackResult(
+            attacks=[CLEAN],
+            x_adv=x.clone(),
+            fooled=fooled,
+            fooled_by=torch.where(fooled, 0, -1),
+            prediction=prediction,
+            margin=margin(clean, y),
+            norm=torch.zeros_like(samples.eps),
+            forwards=ones,
+            backwards=torch.zeros_like(ones),
+            seconds={CLEAN: time.perf_counter() - began},
+            precision=precision if settings.precision == "fp32" else f"mixed ({precision} search, fp32 verdicts)",
+        )
+        if _is_probability(clean):
+            self.result.flags.append("the model returns probabilities, not logits: gradients may vanish")
+        self._priority = self.result.margin.clone()
+        self._notify(CLEAN, torch.arange(len(x), device=x.device))
+
+    def attack(self, *attacks: Searching) -> None:
+        """Attack the samples that are still robust, by one attack after the other; adds to the result."""
+        searches = [attack.search(self._view, self._slack, self._samples.clean.shape[1]) for attack in attacks]
+        for attack, search in zip(attacks, searches, strict=True):
+            self._run(attack.name, search)
+
+    def adopt(self, attacks: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
+        """Attack the samples that are still robust by foreign attacks (x, y) -> x_adv, whose passes nobody counts."""
+        for name, attack in attacks.items():
+            began = time.perf_counter()
+            self.result.attacks.append(name)
+            for sample in torch.split((~self.result.fooled).nonzero().squeeze(1), self._settings.batch_size):
+                labels = self._samples.y[sample]
+                points = attack(self._samples.x[sample], labels)
+                prediction, margins = self._verdict(points, labels)
+                self._store(Ended(sample, points, prediction != labels, prediction, margins, margins))
+                self._notify(name, sample)
+            self.result.seconds[name] = time.perf_counter() - began
+        for passes in (self.result.forwards, self.result.backwards):
+            passes.fill_(-1)
+
+    def check_random(self) -> None:
+        """Flag a model whose answers to the first batch differ from one time to the next."""
+        size = self._settings.batch_size
+        first = self._samples.clean[:size]
+        x, y = self._samples.x[:size], self._samples.y[:size]
+        for _ in range(_REPETITIONS - 1):
+            with torch.no_grad():
+                again = outputs(self._judge, x)
+            drift = (unit_l2(again, (1,)) - unit_l2(first, (1,))).norm(dim=1)
+            if bool((drift > _MOST_DRIFT).any()) or bool(((again.argmax(1) == y) != (first.argmax(1) == y)).any()):
+                self.result.flags.append("the model's answers are random: use version='rand'")
+                return
+
+    def _run(self, name: str, search: Search[Any]) -> None:
+        began, result = time.perf_counter(), self.result
+        result.attacks.append(name)
+        candidates = (~result.fooled).nonzero().squeeze(1)
+        work = WorkList(search, self._samples, candidates, self._verdict, self._slack > 0, self._settings.batch_size)
+        for event in work:
+            if isinstance(event, Ended):
+                self._store(event)
+            else:
+                self._notify(name, event)
+        result.forwards += work.forwards.to(result.forwards)
+        result.backwards += work.backwards.to(result.backwards)
+        result.flags += [f"{name}: {flag}" for flag in search.flags()]
+        result.seconds[name] = time.perf_counter() - began
+
+    def warn(self) -> None:
+        """Show the flags as warnings, to the caller of the attack."""
+        for flag in self.result.flags:
+            warnings.warn(flag, stacklevel=3)
+
+    def _store(self, ended: Ended) -> None:
+        """Keep what is better than what is known of its sample: a success, then the higher priority."""
+        result, sample = self.result, ended.sample
+        known = result.fooled[sample]
+        better = (ended.fooled & ~known) | ((ended.fooled == known) & (ended.priority > self._priority[sample]))
+        sample = sample[better]
+        self._priority[sample] = ended.priority[better]
+        result.x_adv[sample] = ended.point[better]
+        result.prediction[sample] = ended.prediction[better]
+        result.margin[sample] = ended.margin[better]
+        result.fooled[sample] = ended.fooled[better]
+        result.fooled_by[sample] = torch.where(ended.fooled[better], len(result.attacks) - 1, -1)
+        result.norm[sample] = length(ended.point[better] - self._samples.x[sample], NORM_ORDERS[self._settings.norm])
+
+    def _notify(self, attack: str, samples: Tensor) -> None:
+        if self._observer is not None and len(samples):
+            self._observer(attack, samples, self.result)
+
+    def _verdict(self, points: Tensor, labels: Tensor) -> Verdict:
+        with torch.no_grad():
+            answers = outputs(self._judge, points)
+        return Verdict(answers.argmax(1), margin(answers, labels))
+
+    def _clean_outputs(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            clean = torch.cat([outputs(self._judge, part) for part in torch.split(x, self._settings.batch_size)])
+        if bool((broken := clean.isnan().any(1)).any()):
+            raise ValueError(f"model returned NaN logits on {int(broken.sum())} of {len(x)} samples")
+        if len(y) and int(y.max()) >= clean.shape[1]:
+            raise ValueError(f"y must lie in [0, {clean.shape[1]}), got {int(y.max())}")
+        return clean
+
+
+@contextmanager
+def session(
+    settings: Settings,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    eps: Tensor | None,
+    observer: Observer | None,
+) -> Iterator[Session]:
+    """A `Session` on checked input, with the model frozen."""
+    require_inputs(x, y, index, eps=eps)
+    require_eval_mode(model)
+    with torch.inference_mode(False), torch.no_grad():
+        x, y = (tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in (x, y))
+        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
+        radii = torch.full_like(y, settings.radius, dtype=x.dtype) if eps is None else eps.detach().to(x)
+        precision = resolve_precision("fp32" if settings.precision == "fp32" else "auto", model)
+        with frozen(model, precision) as view:
+            yield Session(model, view, Samples(x, y, index, radii, x), settings, precision, observer)
+
+
+def _is_probability(answers: Tensor) -> bool:
+    close = 1e-5
+    within = (answers >= -close) & (answers <= 1 + close)
+    return len(answers) > 0 and bool(within.all() and ((answers.sum(1) - 1).abs() < close).all())

@@ -1,0 +1,140 @@
+"""One training of an experiment: trained and judged unless that is done, in the folder that belongs to its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ceat_fast.evaluation import EvaluationResult, evaluate_run
+from ceat_fast.evaluation.fingerprint import describe_attack
+from ceat_fast.evaluation.protocol import EvaluationConfig, columns
+from ceat_fast.reproduce.scales import Judgement
+from ceat_fast.training import NonFiniteLossError, Run, TrainConfig, Trainer
+from ceat_fast.training.checkpoint import checkpoints
+from ceat_fast.training.config import config_to_dict
+
+_WHERE = ("out", "device", "backend", "resume", "checkpoint", "watch", "parallel", "tensorboard", "evaluation")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training with one seed.
+
+    Attributes:
+        name: what the progress calls it.
+        config: its settings; `out` is its folder.
+        judgements: what it is judged by.
+    """
+
+    name: str
+    config: TrainConfig
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell gave.
+
+    Attributes:
+        accuracies: attack -> accuracy of the ensemble; empty if the training failed.
+        seconds: training time per epoch, mean over the epochs.
+        failure: why there is nothing, or "".
+    """
+
+    accuracies: dict[str, float]
+    seconds: float
+    failure: str = ""
+
+
+def make_cell(
+    name: str, config: TrainConfig, judgements: tuple[Judgement, ...], root: Path, device: str, data_root: str | None
+) -> Cell:
+    """The cell of these settings; equal settings have the same folder, whichever experiment asks for them."""
+    settings = {name: value for name, value in config_to_dict(config).items() if name not in _WHERE}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    method = type(config.method).__name__ + ("" if config.method.plus_ceat is None else "+LD")
+    folder = root / "runs" / f"{config.data.name}-{method}-{digest}-seed{config.seed}"
+    data = replace(config.data, root=data_root)
+    placed = replace(config, out=str(folder), data=data, device=device, resume=True)
+    return Cell(f"{name}, seed {config.seed}", placed, judgements)
+
+
+def run_cells(cells: Sequence[Cell], jobs: int, console: Console) -> list[Outcome]:
+    """Train and judge what is missing, `jobs` cells at a time, each in a process of its own if there are several.
+
+    Raises:
+        ValueError: jobs below 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if jobs == 1:
+        return [_announced(cell, number, len(cells), console) for number, cell in enumerate(cells, start=1)]
+    outcomes = []
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for number, (cell, outcome) in enumerate(zip(cells, pool.map(run_cell, cells), strict=True), start=1):
+            console.print(_line(cell, outcome, number, len(cells)), highlight=False, soft_wrap=True)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def run_cell(cell: Cell) -> Outcome:
+    """Train and judge one cell, or read what an earlier call left."""
+    run = Run(cell.folder)
+    try:
+        if not _is_trained(run, cell.config):
+            Trainer(cell.config, console=Console(quiet=True)).fit()
+    except NonFiniteLossError as error:
+        return Outcome({}, 0.0, str(error))
+    accuracies: dict[str, float] = {}
+    for judgement in cell.judgements:
+        result = _judge(run, judgement, cell)
+        subject = result.main_subject
+        for name in result.attacks:
+            accuracies.setdefault(name, result.score(subject, name).accuracy)
+    seconds = [record["seconds"] for record in run.metrics]
+    return Outcome(accuracies, sum(seconds) / len(seconds))
+
+
+def _is_trained(run: Run, config: TrainConfig) -> bool:
+    records = run.metrics
+    return bool(records and records[-1]["epoch"] >= config.epochs and checkpoints(run.checkpoints))
+
+
+def _judge(run: Run, judgement: Judgement, cell: Cell) -> EvaluationResult:
+    config = EvaluationConfig(
+        list(judgement.attacks), members=False, images=judgement.images, sanity_samples=0, device=cell.config.device
+    )
+    budget = cell.config.evaluation
+    images = "all" if judgement.images is None else str(judgement.images)
+    folder = run.folder / f"judged-{'-'.join(judgement.attacks)}-{images}"
+    wanted = {name: describe_attack(attack) for name, attack in columns(budget, config).items()}
+    stored = folder / "evaluation.json"
+    if stored.is_file() and stored.stat().st_mtime >= checkpoints(run.checkpoints)[0].stat().st_mtime:
+        result = EvaluationResult.load(stored)
+        if all(name in result.attacks and result.settings(name) == wanted[name] for name in wanted):
+            return result
+    return evaluate_run(run, config, attack=budget, out=folder)
+
+
+def _announced(cell: Cell, number: int, total: int, console: Console) -> Outcome:
+    outcome = run_cell(cell)
+    console.print(_line(cell, outcome, number, total), highlight=False, soft_wrap=True)
+    return outcome
+
+
+def _line(cell: Cell, outcome: Outcome, number: int, total: int) -> str:
+    found = outcome.failure or ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.accuracies.items())
+    return f"{number}/{total} {cell.name}: {found}"

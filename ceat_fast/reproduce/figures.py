@@ -1,0 +1,71 @@
+"""A reproduction as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ceat_fast.reports.canvas import COLOURS, Picture, canvas, picture
+from ceat_fast.reproduce.outcome import BlockResult, Reproduction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw(result: Reproduction) -> Picture:
+    """Curves over the setting of a sensitivity figure, otherwise points per row and column."""
+    return _curves(result) if result.experiment.axis is not None else _points(result)
+
+
+def _points(result: Reproduction) -> Picture:
+    """A panel per column, a line per row: our mean with its 95 % interval, and the paper's number."""
+    from matplotlib.figure import Figure
+
+    columns = result.experiment.columns
+    height = sum(len(block.rows) for block in result.blocks) * 0.24 + 0.7 * len(result.blocks) + 0.4
+    figure = Figure(figsize=(1.6 + 1.5 * len(columns), height), layout="constrained")
+    panels = figure.subplots(len(result.blocks), len(columns), squeeze=False, sharey="row")
+    for row, block in zip(panels, result.blocks, strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            _panel(axis, block, column)
+        row[0].set_yticks(range(len(block.rows)), [r.row.name for r in block.rows], fontsize=8)
+        row[0].invert_yaxis()
+        row[0].set_ylabel(block.block.title, fontsize=8)
+    handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return picture(figure)
+
+
+def _panel(axis: Axes, block: BlockResult, column: str) -> None:
+    for place, row in enumerate(block.rows):
+        summary, paper = row.summary(column), row.row.paper.get(column)
+        if summary is not None:
+            axis.errorbar(
+                summary.mean, place, xerr=summary.half_width, fmt="o", ms=4, color=COLOURS[0], label="ours (95 %)"
+            )
+        if paper is not None:
+            axis.plot(paper, place, "d", ms=5, mfc="none", color=COLOURS[1], label="paper")
+    axis.set_title(f"{column} (%)", fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _curves(result: Reproduction) -> Picture:
+    """Accuracy over the setting, a curve per column with 95 % intervals."""
+    figure, axis = canvas()
+    (block,) = result.blocks
+    for column, colour in zip(result.experiment.columns, COLOURS, strict=False):
+        places = [(float(getattr(r.row.method, str(result.experiment.axis))), r.summary(column)) for r in block.rows]
+        known = [(x, summary) for x, summary in places if summary is not None]
+        if known:
+            x = [value for value, _ in known]
+            widths: Sequence[float] = [summary.half_width or 0.0 for _, summary in known]
+            axis.errorbar(
+                x, [s.mean for _, s in known], yerr=widths, marker="o", ms=4, capsize=2, color=colour, label=column
+            )
+    axis.set(xlabel=str(result.experiment.axis), ylabel="accuracy in %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    return picture(figure)
