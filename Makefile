@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: $(VENV)/.tested-with
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/.checked-with
 	$(BIN)/ruff check

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 
 from ceat_fast.data import Dataset
@@ -63,19 +66,35 @@ def evaluate_source(
     dataset = dataset or source.dataset()
     model = source.load(dataset)
     journal, path = source.places(model, out)
-    result = evaluate(
-        model.to(device),
-        dataset.test_images[: config.images].float() / dataset.scale,
-        dataset.test_labels[: config.images],
-        columns(attack or source.attack, config),
-        members=config.members,
-        batch_size=config.batch_size,
-        journal=journal,
-        keep_adversarials=config.keep_adversarials,
-        sanity_samples=config.sanity_samples,
-        about={**source.about, "dataset": dataset.name, "journal": str(journal)},
-        console=console,
-    )
+    with _without_tf32():
+        result = evaluate(
+            model.to(device),
+            dataset.test_images[: config.images].float() / dataset.scale,
+            dataset.test_labels[: config.images],
+            columns(attack or source.attack, config),
+            members=config.members,
+            batch_size=config.batch_size,
+            journal=journal,
+            keep_adversarials=config.keep_adversarials,
+            sanity_samples=config.sanity_samples,
+            about={**source.about, "dataset": dataset.name, "journal": str(journal)},
+            console=console,
+        )
     if is_main_process():
         result.save(path)
     return result, path
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions on a GPU in fp32, not rounded to TF32 as torch does unless told; searches and verdicts alike."""
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set through the newer of torch's two interfaces, by somebody who knows what they want
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed

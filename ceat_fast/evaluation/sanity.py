@@ -148,13 +148,14 @@ def _classes(result: EvaluationResult) -> Check:
 
 
 def _precision(result: EvaluationResult) -> Check:
+    name = "searched in fp32"
+    if result.about.get("arithmetic", "fp32") != "fp32":
+        advice = "set torch.backends.cudnn.allow_tf32 = False, or say so with the number"
+        return Check(name, FLAG, "convolutions were rounded to TF32", advice)
     low = [n for n in result.attacks if result.settings(n).get("precision", "fp32") != "fp32"]
-    return _flag_if(
-        bool(low),
-        "searched in fp32",
-        f"{', '.join(low)}: searched in lower precision" if low else "all searches and verdicts are in fp32",
-        "quote the precision with the number: a search in fp32 may find more",
-    )
+    finding = f"{', '.join(low)}: searched in lower precision" if low else "all searches and verdicts are in fp32"
+    advice = "quote the precision with the number: a search in fp32 may find more"
+    return _flag_if(bool(low), name, finding, advice)
 
 
 def _remarks(result: EvaluationResult) -> list[Check]:

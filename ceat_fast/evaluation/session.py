@@ -148,7 +148,8 @@ class _Session:
             name: {"settings": self.settings[name], **self.table.effort(name, nominal_passes(attack))}
             for name, attack in self.columns.items()
         }
-        facts = {"samples": len(self.images), "batch_size": self.batch_size, "fingerprint": self.identity, **about}
+        facts = {"samples": len(self.images), "batch_size": self.batch_size, "arithmetic": _arithmetic(self.device)}
+        facts |= {"fingerprint": self.identity, **about}
         return EvaluationResult(list(self.table.scores()), attacks, self.labels.cpu(), about=facts)
 
     @property
@@ -225,6 +226,11 @@ def _hardest(
     before, after = (judge(model, ENSEMBLE, inputs, y, keys)[1][0].cpu() for inputs in (x.unsqueeze(0), adversarial))
     radius = radius_of(attacks[name]) or 0.0
     return Examples(name, radius, x.cpu().float(), adversarial[0].cpu().float(), y.cpu(), before, after, samples)
+
+
+def _arithmetic(device: torch.device) -> str:
+    """What convolutions of fp32 models are computed in."""
+    return "TF32" if device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32" else "fp32"
 
 
 def _describe(attack: Attack | None) -> dict[str, Any]:
