@@ -53,6 +53,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "evaluate": _evaluate_parser(),
         "transfer": _transfer_parser(),
         "report": _report_parser(),
+        "reproduce": _reproduce_parser(),
         "compare": _compare_parser(),
         "export": _export_parser(),
         "info": ArgumentParser(
@@ -129,6 +130,27 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str, default="export", help="The folder to write; new or empty.")
     parser.add_argument("--checkpoint", type=str, default="last", help="Which weights: last, or best.")
     parser.add_argument("--program", type=bool, default=True, help="Write the torch.export program too.")
+    return parser
+
+
+def _reproduce_parser() -> ArgumentParser:
+    from ceat_fast.reproduce import EXPERIMENTS, SCALES
+
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Reproduce a table or figure of the paper: train and judge what is missing, and compare.",
+    )
+    parser.add_argument("experiment", type=str, help=f"One of {', '.join(EXPERIMENTS)}.")
+    parser.add_argument(
+        "--scale", type=str, default="smoke", help=f"One of {', '.join(SCALES)} (docs/reproduction.md)."
+    )
+    parser.add_argument("--out", type=str, default="runs/reproduce", help="Folder for everything, new or to continue.")
+    parser.add_argument("--seeds", type=int | None, default=None, help="Trainings per row; default: the scale's.")
+    parser.add_argument("--only", type=str, nargs="+", default=[], help="Rows to train and show; all by default.")
+    parser.add_argument("--jobs", type=int, default=1, help="Trainings at a time, each in a process of its own.")
+    parser.add_argument("--data_root", type=str | None, default=None, help="Folder of the data sets.")
+    parser.add_argument("--device", type=str, default="auto", help="Where to compute, as for train.")
     return parser
 
 
@@ -212,6 +234,21 @@ def _export(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> No
     Console().print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
+def _reproduce(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
+    from ceat_fast.reproduce import reproduce
+    from ceat_fast.reproduce.tables import failures, grids, verdicts
+
+    options = {name: value for name, value in vars(arguments).items() if name != "experiment"}
+    result = reproduce(arguments.experiment, **options, console=Console(stderr=True))
+    for grid in grids(result):
+        grid.print()
+    console = Console()
+    for sentence in (*verdicts(result), *failures(result)):
+        console.print(sentence, highlight=False, soft_wrap=True)
+    where = f"{arguments.out}/{arguments.scale}/{arguments.experiment}"
+    console.print(f"written: {where}.md, .png, .json", highlight=False, soft_wrap=True)
+
+
 def _info(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
     from rich.pretty import pprint
 
@@ -231,6 +268,7 @@ COMMANDS = {
     "report": _report,
     "compare": _compare,
     "export": _export,
+    "reproduce": _reproduce,
     "info": _info,
 }
 

@@ -60,9 +60,9 @@ def other(num_classes: int, in_channels: int) -> nn.Module:
     return Small(5)
 
 
-def given_ensemble(seed: int) -> Ensemble:
+def given_ensemble(seed: int, average: str) -> Ensemble:
     torch.manual_seed(seed)
-    return Ensemble([Small(4), Small(5), Small(4)], backend="loop")
+    return Ensemble([Small(4), Small(5), Small(4)], backend="loop", average=average)
 
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
@@ -116,12 +116,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "members_bf16": {"parallel": ParallelConfig(members=2), "precision": "bf16"},
     "own_data": {"epochs": 3},
     "own_members": {"epochs": 3, "parallel": ParallelConfig(members=2)},
+    "own_members_logit": {"epochs": 3, "parallel": ParallelConfig(members=2)},
     "interrupted": {"parallel": ParallelConfig(members=2)},
     "failing": {},
     "counted_data": {"epochs": 1, "batch_size": 16},
     "counted_members": {"epochs": 1, "batch_size": 16, "parallel": ParallelConfig(members=2)},
     "mesh": {"parallel": ParallelConfig(members=2)},
 }
+
+
+AVERAGES = {"own_data": "prob", "own_members": "prob", "own_members_logit": "logit"}
 
 
 def main(folder: str, *names: str) -> None:
@@ -133,7 +137,7 @@ def main(folder: str, *names: str) -> None:
             if name == "failing":
                 train(settings, callbacks=[At(3, lambda: sys.exit("the second process fails") if second else None)])
             elif name.startswith("own"):
-                train(settings, ensemble=given_ensemble(int(os.environ["RANK"])))
+                train(settings, ensemble=given_ensemble(int(os.environ["RANK"]), AVERAGES[name]))
             elif name.startswith("counted"):
                 train(settings, callbacks=[CountMessages()])
             elif name == "interrupted":

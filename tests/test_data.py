@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ceat_fast.data import iterate_batches, load_dataset
+from ceat_fast.data import Dataset, iterate_batches, load_dataset
 from ceat_fast.data.batches import crop_flip
 from ceat_fast.data.datasets import ROOT_VARIABLE
 
@@ -252,3 +252,18 @@ def test_bad_batch_arguments(digits):
         iterate_batches(images, labels, 0)
     with pytest.raises(ValueError, match="augment='shift' needs a generator"):
         iterate_batches(images, labels, 10, augment="shift")
+
+
+def of_my_own(root: Path) -> Dataset:
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    return Dataset(str(root), images, torch.tensor([0, 1]), images, torch.tensor([0, 1]), 2, 255.0, "none")
+
+
+def test_a_data_set_of_ones_own_is_called_with_the_folder(tmp_path: Path) -> None:
+    assert load_dataset(f"{__name__}:of_my_own", tmp_path).name == str(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown data set 'cifar1' .*'cifar10'.*module:function"):
+        load_dataset("cifar1")
+    with pytest.raises(ValueError, match="data set 'test_data:nothing': module 'test_data' has no 'nothing'"):
+        load_dataset("test_data:nothing")
+    with pytest.raises(TypeError, match=r"must return a ceat_fast.data.Dataset, got PosixPath"):
+        load_dataset("pathlib:Path", tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_training import SCENARIOS, STEPS, config, given_ensemble
+from distributed_training import AVERAGES, SCENARIOS, STEPS, config, given_ensemble
 from tiny_training import train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,7 +82,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "members_bf16",
         "interrupted",
     ]
-    names += ["counted_data", "counted_members", "own_data", "own_members"]
+    names += ["counted_data", "counted_members", *AVERAGES]
     result = torchrun(2, PROGRAM, str(folder), *names)
     assert result.returncode == 0, result.stderr
     (folder / "output").write_text(result.stdout)
@@ -100,10 +100,10 @@ def test_two_processes_train_like_one(name: str, two: Path, tmp_path: Path) -> N
     assert largest_difference(alone(name, tmp_path), run) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["own_data", "own_members"])
+@pytest.mark.parametrize("name", AVERAGES)
 def test_all_processes_take_the_given_ensemble_of_the_first(name: str, two: Path, tmp_path: Path) -> None:
     settings = config(tmp_path / name, **(SCENARIOS[name] | {"parallel": ParallelConfig()}))
-    run = train(settings, ensemble=given_ensemble(0)).run
+    run = train(settings, ensemble=given_ensemble(0, AVERAGES[name])).run
     assert largest_difference(run, Run.open(two / name)) < 1e-5
 
 

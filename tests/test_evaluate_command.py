@@ -189,7 +189,7 @@ def test_ctrl_c_leaves_a_state_that_continues(run: Path, tmp_path: Path) -> None
     part = tmp_path / "out" / "journal" / "part-0.jsonl"
     deadline = time.monotonic() + 60
     while not (part.exists() and b'"attack":"PGD-60","subject"' in part.read_bytes()):
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ceat_fast.attacks import CW, MIM, PGD
+from ceat_fast.attacks import CW, MIM, PGD, AutoAttack, Square
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import EvaluationResult, Score, evaluate, wilson_interval
 
@@ -186,6 +186,40 @@ def test_an_attack_without_goal_is_aimed_at_each_member() -> None:
     }
 
 
+JUDGED = {
+    "AA": AutoAttack(eps=0.1, version="custom", attacks=("apgd-ce", "square"), steps=4, queries=12, seed=2),
+    "Square": Square(eps=0.1, queries=12, seed=2),
+}
+
+
+def test_attacks_that_tell_more_are_heard() -> None:
+    model, images, labels = random_task()
+    result = evaluate(model, images, labels, JUDGED, sanity_samples=0)
+    wrong = int((~result.score("ensemble").correct).sum())
+    facts = result.attacks["AA"]
+    counts = facts["found_by"]["ensemble"]
+    assert counts["clean"] == wrong == 8
+    assert sum(counts.values()) == int((~result.score("ensemble", "AA").correct).sum())
+    assert set(facts["found_by"]) == {"ensemble", "member 0", "member 1", "member 2"}
+    # a robust sample costs 1 clean pass, 5 of APGD (start and 4 steps) and 13 of Square (corners and 12 queries)
+    forwards, backwards = facts["passes"]
+    assert 1 < forwards < 20
+    assert 0 < backwards < 6
+    judged = JUDGED["AA"].run(model.members[1], images, labels, torch.arange(len(images)))
+    assert torch.equal(~judged.fooled, result.score("member 1", "AA").correct)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_verdicts_of_autoattack_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model, images, labels = random_task(samples=20)
+    options = {"members": False, "sanity_samples": 0}
+    found = [evaluate(model, images, labels, JUDGED, batch_size=size, **options) for size in (20, batch_size)]
+    for one, other in zip(found[0].scores, found[1].scores, strict=True):
+        assert torch.equal(one.correct, other.correct)
+    assert found[0].attacks["AA"]["found_by"] == found[1].attacks["AA"]["found_by"]
+    assert found[0].attacks["AA"]["passes"] == pytest.approx(found[1].attacks["AA"]["passes"])
+
+
 def test_a_compiled_model_gives_the_same_verdicts_and_fingerprint() -> None:
     model, images, labels = random_task(members=1)
     plain = evaluate(model.members[0], images, labels, RANDOMISED)
@@ -243,6 +277,8 @@ def test_bad_input_is_refused() -> None:
         evaluate(model, IMAGES, LABELS, {"noise": lambda model, x, y, index: x})
     with pytest.raises(ValueError, match="index must be int64"):
         evaluate(model, IMAGES, LABELS, ATTACK, index=torch.arange(5))
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        evaluate(model, IMAGES, LABELS, ATTACK, samples=0)
     with pytest.raises(ValueError, match="sanity_samples must be at least 0"):
         evaluate(model, IMAGES, LABELS, ATTACK, sanity_samples=-1)
     with pytest.raises(ValueError, match="keep_adversarials=True needs a journal"):

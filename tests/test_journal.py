@@ -202,6 +202,13 @@ def test_attacks_can_be_added_later(tmp_path: Path) -> None:
     assert numbers(judged(tmp_path)) == numbers(judged(None))
 
 
+def test_the_first_samples_are_not_judged_again_with_the_others(tmp_path: Path) -> None:
+    few = judged(tmp_path, samples=10)
+    assert all(len(score.correct) == 10 for score in few.scores)
+    assert numbers(judged(tmp_path)) == numbers(judged(None))
+    assert numbers(judged(tmp_path, samples=10)) == numbers(few)
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, room = os.write, 40_000
 

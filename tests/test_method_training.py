@@ -17,7 +17,8 @@ from ceat_fast.cli import main
 from ceat_fast.data import load_dataset
 from ceat_fast.evaluation import evaluate
 from ceat_fast.methods import METHODS, CalibratedDistance, Epoch, Method, make_method
-from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer
+from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer, load_config
+from ceat_fast.training.config import config_to_yaml
 
 ATTACKED = [name for name in METHODS if name != "Standard"]
 WITH_PLUG_IN = [name for name in ATTACKED if name != "CEAT"]
@@ -134,6 +135,17 @@ def test_methods_and_the_plug_in_from_the_command_line(tmp_path: Path, capsys: p
     capsys.readouterr()
     assert main(["train", "--config", str(file), "--out", run + "2", "--method.plus_ceat.samples", "F5"]) == 2
     assert "unknown samples 'F5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_config_file_brings_every_method_back_with_all_its_settings(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for plug_in in (None, CalibratedDistance(mu_exponent=0.0, samples="F2")):
+        if plug_in is not None and name not in WITH_PLUG_IN:
+            continue
+        written = config(tmp_path / "run", make_method(name, plus_ceat=plug_in))
+        file.write_text(config_to_yaml(written))
+        assert load_config(file) == written
 
 
 def documented_method(repository: Path) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import runpy
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import evaluate_run
 from ceat_fast.evaluation.protocol import EvaluationConfig
 from ceat_fast.methods import CEAT
-from ceat_fast.training import Adam, AttackConfig, DataConfig, MultiStep, TrainConfig
+from ceat_fast.training import Adam, AttackConfig, DataConfig, MultiStep, Run, TrainConfig
 from ceat_fast.training.checkpoint import checkpoints, load_weights
 
 torchvision = pytest.importorskip("torchvision")
@@ -76,22 +75,27 @@ def test_a_resnet_18_and_a_transformer_train_together(images: Dataset, tmp_path:
     assert after["members.0.bn1.num_batches_tracked"].item() == 4  # two steps of two passes; the attack is not counted
 
 
-def test_the_example_of_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_an_image_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("test", 4)):
+    for split, count in (("train", 55), ("test", 4)):
         for shade, name in ((60, "dark"), (200, "light")):
             (tmp_path / "images" / split / name).mkdir(parents=True)
             for number in range(count):
-                noise = torch.randint(-40, 40, (40, 36, 3), generator=generator)
+                noise = torch.randint(-40, 40, (20, 18, 3), generator=generator)
                 image = Image.fromarray((shade + noise).to(torch.uint8).numpy())
                 image.save(tmp_path / "images" / split / name / f"{number}.png")
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    example = runpy.run_path(str(EXAMPLES / "image_folder.py"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("image_folder")
+    monkeypatch.setattr(example, "SIZE", 16)
     quick = EvaluationConfig(attacks=["PGD"], sanity_samples=0)
-    example["main"].__globals__["evaluate_run"] = partial(evaluate_run, config=quick)
-    accuracy = example["main"](str(tmp_path / "images"), str(tmp_path / "run"), size=16, epochs=1)
-    assert 0 <= accuracy <= 1
+    monkeypatch.setattr(example, "evaluate_run", partial(evaluate_run, config=quick))
+    example.main(str(tmp_path / "images"), str(tmp_path / "run"), epochs=1)
+    assert "PGD-7" in capsys.readouterr().out
     assert (tmp_path / "run" / "evaluation.json").is_file()
     assert checkpoints(tmp_path / "run" / "checkpoints", "best")
+    (record,) = Run.open(tmp_path / "run").metrics
+    assert len(record["loss_members"]) == 3

@@ -26,7 +26,7 @@ result.save(Path({journal!r}) / f"result-{{os.environ['RANK']}}.json")
 
 def test_every_sample_belongs_to_one_process() -> None:
     shares = [[i for batch in Shard(rank, 3).batches(103, 10) for i in batch] for rank in range(3)]
-    assert sorted(sum(shares, [])) == list(range(103))
+    assert sorted(sample for share in shares for sample in share) == list(range(103))
     assert shares[1] == [*range(10, 20), *range(40, 50), *range(70, 80), *range(100, 103)]
     assert list(Shard().batches(5, 2)) == [range(2), range(2, 4), range(4, 5)]
 

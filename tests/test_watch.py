@@ -130,7 +130,7 @@ def test_tensorboard_holds_the_records(tmp_path: Path) -> None:
 
 def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
+    with pytest.raises(ImportError, match=r"pip install \"ceat-fast\[tensorboard\]\""):
         Trainer(tiny_config(tmp_path / "run", tensorboard=True))
     assert not (tmp_path / "run").exists()
 

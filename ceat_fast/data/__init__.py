@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ceat_fast.data.batches import AUGMENTATIONS, iterate_batches
-from ceat_fast.data.datasets import DATASETS, Dataset, load_dataset
+from ceat_fast.data.datasets import DATASETS, Dataset, load_dataset, require_dataset_name
 
-__all__ = ["AUGMENTATIONS", "DATASETS", "Dataset", "iterate_batches", "load_dataset"]
+__all__ = ["AUGMENTATIONS", "DATASETS", "Dataset", "iterate_batches", "load_dataset", "require_dataset_name"]

@@ -14,7 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ceat_fast.choices import require_choice
+from ceat_fast.choices import unknown_name
+from ceat_fast.imports import import_function
 
 ROOT_VARIABLE = "CEAT_FAST_DATA"
 
@@ -49,21 +50,35 @@ class Dataset:
 
 
 def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
-    """Load a data set by name: "digits" (embedded), "cifar10", "cifar100" or "svhn" (torchvision).
+    """Load a data set by name: "digits" (embedded), "cifar10", "cifar100" or "svhn" (torchvision), or one of your own.
 
     Args:
-        name: a key of `DATASETS`.
+        name: a key of `DATASETS`, or "package.module:function", which is imported and called as `function(root)`; the
+            import runs that module's code.
         root: folder of the files; default: the environment variable CEAT_FAST_DATA, or else ./data. Files that are
             missing there are downloaded to it. "digits" needs no files.
 
     Raises:
-        ValueError: unknown name (names the nearest one).
+        ValueError: unknown name (names the nearest one), or a "module:function" that is not there.
+        TypeError: the function returned something else than a `Dataset`.
         ImportError: torchvision (or scipy, for SVHN) is not installed.
         FileNotFoundError: files are missing and cannot be downloaded; says which file goes where.
         RuntimeError: a file is damaged; names it.
     """
-    require_choice("data set", name, DATASETS)
-    return DATASETS[name](Path(root if root is not None else os.environ.get(ROOT_VARIABLE, "data")))
+    require_dataset_name(name)
+    folder = Path(root if root is not None else os.environ.get(ROOT_VARIABLE, "data"))
+    if name in DATASETS:
+        return DATASETS[name](folder)
+    dataset = import_function("data set", name)(folder)
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"data set {name!r} must return a ceat_fast.data.Dataset, got {type(dataset).__name__}")
+    return dataset
+
+
+def require_dataset_name(name: str) -> None:
+    """Raise ValueError unless `name` is a key of `DATASETS` or has the form "module:function"."""
+    if name not in DATASETS and ":" not in name:
+        raise ValueError(unknown_name("data set", name, DATASETS) + '; for your own write "module:function"')
 
 
 def _load_digits(root: Path) -> Dataset:

@@ -69,11 +69,12 @@ def evaluate_source(
     with _without_tf32():
         result = evaluate(
             model.to(device),
-            dataset.test_images[: config.images].float() / dataset.scale,
-            dataset.test_labels[: config.images],
+            dataset.test_images.float() / dataset.scale,
+            dataset.test_labels,
             columns(attack or source.attack, config),
             members=config.members,
             batch_size=config.batch_size,
+            samples=config.images,
             journal=journal,
             keep_adversarials=config.keep_adversarials,
             sanity_samples=config.sanity_samples,

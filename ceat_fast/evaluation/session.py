@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ceat_fast.attacks import PGD
+from ceat_fast.attacks.fixed_step import FixedStepAttack
 from ceat_fast.evaluation.adversarials import AdversarialStore
 from ceat_fast.evaluation.examples import Examples
 from ceat_fast.evaluation.fingerprint import describe_attack, identity
@@ -50,6 +51,7 @@ def evaluate(
     members: bool = True,
     batch_size: int = 500,
     index: Tensor | None = None,
+    samples: int | None = None,
     journal: PathLike | None = None,
     keep_adversarials: bool = False,
     sanity_samples: int = 64,
@@ -67,6 +69,7 @@ def evaluate(
         members: judge each member of an `Ensemble` too, by the same attacks aimed at itself.
         batch_size: images per pass.
         index: (N,) int64, the number of each sample that keys the attacks' noise; default 0 to N-1.
+        samples: judge only the first so many; a later call with the same journal can go on to the others.
         journal: folder that keeps the verdicts as they come, so that the same call continues after a crash. Processes
             that torchrun started share the work through it; each of them returns the whole result.
         keep_adversarials: keep the attacked inputs there too (`load_adversarials`).
@@ -84,8 +87,10 @@ def evaluate(
     index = torch.arange(len(images)) if index is None else index.cpu()
     device = next((p.device for p in model.parameters()), images.device)
     classes = _require_judgeable(model, images, labels, index, device)
-    _require_settings(attacks, batch_size, sanity_samples, journal, keep_adversarials)
-    session = _Session(model, images, labels, index, attacks, members, device, batch_size)
+    _require_settings(attacks, batch_size, samples, sanity_samples, journal, keep_adversarials)
+    prints = identity(model, images, labels, index)
+    images, labels, index = images[:samples], labels[:samples], index[:samples]
+    session = _Session(model, images, labels, index, attacks, members, device, batch_size, prints)
     with current_shard() as shard:
         if shard.count > 1 and journal is None:
             raise ValueError(f"{shard.count} processes need a journal: the folder through which they share verdicts")
@@ -112,13 +117,14 @@ class _Session:
         members: bool,
         device: torch.device,
         batch_size: int,
+        prints: Mapping[str, str],
     ) -> None:
         self.model, self.images, self.labels, self.index = model, images, labels, index
         self.device, self.batch_size = device, batch_size
         self.columns: dict[str, Attack | None] = {CLEAN: None, **attacks}
         self.settings = {name: _describe(attack) for name, attack in self.columns.items()}
         self.goals = subjects_of(model, members)
-        self.identity = identity(model, images, labels, index)
+        self.identity = dict(prints)
         self.table = self._empty_table()
 
     def run(self, shard: Shard, folder: PathLike | None, keep_adversarials: bool, console: Console | None) -> None:
@@ -195,10 +201,9 @@ def nominal_passes(attack: Attack | None) -> tuple[float, float] | None:
     """Forward and backward passes per image and subject that the settings ask for; None if they do not say."""
     if attack is None:
         return 1, 0
-    steps, restarts = getattr(attack, "steps", None), getattr(attack, "restarts", 1)
-    if not isinstance(steps, int):
+    if not isinstance(attack, FixedStepAttack):
         return None
-    return restarts * (steps + (restarts > 1)), restarts * steps
+    return attack.restarts * (attack.steps + (attack.restarts > 1)), attack.restarts * attack.steps
 
 
 def _hardest(
@@ -230,7 +235,8 @@ def _hardest(
 
 def _arithmetic(device: torch.device) -> str:
     """What convolutions of fp32 models are computed in."""
-    return "TF32" if device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32" else "fp32"
+    rounds = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "TF32" if device.type == "cuda" and rounds else "fp32"
 
 
 def _describe(attack: Attack | None) -> dict[str, Any]:
@@ -240,6 +246,7 @@ def _describe(attack: Attack | None) -> dict[str, Any]:
 def _require_settings(
     attacks: Mapping[str, Attack],
     batch_size: int,
+    samples: int | None,
     sanity_samples: int,
     journal: PathLike | None,
     keep_adversarials: bool,
@@ -252,6 +259,8 @@ def _require_settings(
             raise ValueError(f"attacks[{name!r}] has seed=None: give it a seed, or its result cannot be repeated")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     if sanity_samples < 0:
         raise ValueError(f"sanity_samples must be at least 0, got {sanity_samples}")
     if keep_adversarials and journal is None:

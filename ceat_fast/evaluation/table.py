@@ -45,10 +45,9 @@ class VerdictTable:
         self._samples = samples
         self._subjects = list(subjects)
         self._effort = {attack: _Effort() for attack in attacks}
-        self._known = {key: torch.zeros(samples, dtype=torch.bool) for key in keys}
         self._found_by: dict[tuple[str, str], dict[int, str]] = {key: {} for key in keys}
-        dtypes = (torch.bool, torch.int64, torch.float32, torch.float32)
-        self._values = {key: Verdicts(*(torch.zeros(samples, dtype=dtype) for dtype in dtypes)) for key in keys}
+        # Lists: a tensor is slow to fill one number at a time.
+        self._rows: dict[tuple[str, str], list[tuple[Any, ...] | None]] = {key: [None] * samples for key in keys}
 
     def read(self, record: Mapping[str, Any]) -> None:
         """Take in a record of the journal."""
@@ -56,17 +55,19 @@ class VerdictTable:
             self._effort[record["attack"]].add(record)
             return
         key, sample = (record["attack"], record["subject"]), record["sample"]
-        if key in self._known and sample < self._samples:
-            self._known[key][sample] = True
-            for name, values in self._values[key]._asdict().items():
-                values[sample] = record[name]
+        if key in self._rows and sample < self._samples:
+            self._rows[key][sample] = tuple(record[name] for name in Verdicts._fields)
             if "found_by" in record:
                 self._found_by[key][sample] = record["found_by"]
 
     def missing(self, attack: str, subjects: Sequence[str], batch: range) -> list[tuple[int, int]]:
         """(subject's number, place in the batch) of what is not judged yet."""
-        known = torch.stack([self._known[attack, subject][batch.start : batch.stop] for subject in subjects])
-        return [(row, place) for row, place in (~known).nonzero().tolist()]
+        return [
+            (number, sample - batch.start)
+            for number, subject in enumerate(subjects)
+            for sample in batch
+            if self._rows[attack, subject][sample] is None
+        ]
 
     def add(
         self,
@@ -91,7 +92,7 @@ class VerdictTable:
 
     def correct(self, attack: str, subject: str, batch: range) -> int:
         """How many samples of the batch the subject has right."""
-        return int(self._values[attack, subject].correct[batch.start : batch.stop].sum())
+        return sum(row is not None and row[0] for row in self._rows[attack, subject][batch.start : batch.stop])
 
     def effort(self, attack: str, nominal_passes: tuple[float, float] | None) -> dict[str, Any]:
         """Seconds, passes per image and subject, the attack's remarks, and how many samples each part of it found."""
@@ -113,8 +114,10 @@ class VerdictTable:
         Raises:
             RuntimeError: a sample is not judged.
         """
-        for (attack, subject), values in self._values.items():
-            if not bool(self._known[attack, subject].all()):
-                gaps = int((~self._known[attack, subject]).sum())
-                raise RuntimeError(f"{gaps} verdicts of {subject} under {attack} are missing")
-            yield Score(subject, attack, *values)
+        dtypes = (torch.bool, torch.int64, torch.float32, torch.float32)
+        for (attack, subject), rows in self._rows.items():
+            judged = [row for row in rows if row is not None]
+            if len(judged) < len(rows):
+                raise RuntimeError(f"{len(rows) - len(judged)} verdicts of {subject} under {attack} are missing")
+            columns = zip(*judged, strict=True)
+            yield Score(subject, attack, *(torch.tensor(c, dtype=d) for c, d in zip(columns, dtypes, strict=True)))

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.loss import ceat_loss
-from ceat_fast.methods.base import Batch, Method, StepOutput
+from ceat_fast.methods.base import Batch, StepOutput
 from ceat_fast.methods.calibrated import DistanceSettings
 from ceat_fast.methods.smoothing import LabelSmoothing
 from ceat_fast.methods.terms import cross_entropy
 
 
 @dataclass
-class CEAT(DistanceSettings, LabelSmoothing, Method):
+class CEAT(DistanceSettings, LabelSmoothing):
     """Cross-entropy plus the calibrated distances (eq. 22); the settings are those of `DistanceSettings`."""
 
     always_in_label: ClassVar[tuple[str, ...]] = ("lam", "mu")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods.base import Batch, Method, StepOutput
+from ceat_fast.methods.base import Batch, StepOutput
 from ceat_fast.methods.smoothing import LabelSmoothing
 from ceat_fast.methods.terms import cross_entropy, true_class_disparity
 
 
 @dataclass
-class EAT(LabelSmoothing, Method):
+class EAT(LabelSmoothing):
     """Cross-entropy of every member on the ensemble's adversarial input (eq. 5)."""
 
     def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:

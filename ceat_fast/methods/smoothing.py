@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ceat_fast.methods.base import Method
 from ceat_fast.methods.checks import require_number
 from ceat_fast.methods.terms import widened
 
 
 @dataclass
-class LabelSmoothing:
-    """A setting of such methods.
+class LabelSmoothing(Method):
+    """Base of such methods.
 
     Args:
         label_smoothing: share s of the target that is spread evenly over all classes, in [0, 1].

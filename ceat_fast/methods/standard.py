@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods.base import Attack, Batch, Method, StepOutput
+from ceat_fast.methods.base import Attack, Batch, StepOutput
 from ceat_fast.methods.smoothing import LabelSmoothing
 from ceat_fast.methods.terms import cross_entropy
 
 
 @dataclass
-class Standard(LabelSmoothing, Method):
+class Standard(LabelSmoothing):
     """Cross-entropy of every member on the clean input; nothing is attacked."""
 
     def __post_init__(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 from torch import nn
 
 from ceat_fast.choices import unknown_name
+from ceat_fast.imports import import_function
 from ceat_fast.models.resnet import ResNet, digits_resnet, resnet20, resnet26, resnet32
 
 __all__ = [
@@ -52,15 +52,4 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         return MODELS[name]
     if ":" not in name:
         raise ValueError(unknown_name("model", name, MODELS) + '; for your own write "module:function"')
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, one of its own imports does not
-        raise ValueError(f"model {name!r}: no module named {error.name!r} can be imported") from error
-    except AttributeError as error:
-        raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}") from error
-    if not callable(factory):
-        raise TypeError(f"model {name!r}: {attribute!r} is not callable")
-    return factory
+    return import_function("model", name)

@@ -61,7 +61,7 @@ def common_columns(evaluated: Sequence[Evaluated]) -> list[str]:
     """
     first = evaluated[0]
     for other in evaluated[1:]:
-        prints = [one.result.about["fingerprint"]["data"] for one in (first, other)]
+        prints = [(one.result.about["fingerprint"]["data"], len(one.result.labels)) for one in (first, other)]
         if prints[0] != prints[1]:
             raise ValueError(
                 f"{str(other.folder)!r} was judged on other images than {str(first.folder)!r}: a comparison needs "

@@ -22,7 +22,8 @@ p { max-width: 46rem; margin: .5rem 0; } .soft { color: var(--soft); font-size: 
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); white-space: nowrap; overflow-wrap: normal; }
 th[scope=row] { font-weight: 500; overflow-wrap: normal; min-width: 6.6rem; }
-th:first-child { position: sticky; left: 0; background: #fff; } th + th[scope=row] { font-weight: 400; min-width: 8rem; }
+th:first-child { position: sticky; left: 0; background: #fff; }
+th + th[scope=row] { font-weight: 400; min-width: 8rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td small { color: var(--soft); font-weight: 400; display: block; font-size: .78rem; line-height: 1.2; }
 tr.first > * { border-top: 2px solid #9aa5b1; } td.best { font-weight: 700; }

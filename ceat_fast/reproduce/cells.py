@@ -6,17 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ceat_fast.evaluation import EvaluationResult, evaluate_run
-from ceat_fast.evaluation.fingerprint import describe_attack
-from ceat_fast.evaluation.protocol import EvaluationConfig, columns
-from ceat_fast.reproduce.scales import Judgement
+from ceat_fast.reproduce.judgements import Judgement
 from ceat_fast.training import NonFiniteLossError, Run, TrainConfig, Trainer
 from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import config_to_dict
@@ -48,13 +45,15 @@ class Outcome:
     """What a cell gave.
 
     Attributes:
-        accuracies: attack -> accuracy of the ensemble; empty if the training failed.
+        numbers: what the judgements found, by name; empty if the training failed.
         seconds: training time per epoch, mean over the epochs.
+        curve: robust accuracy on held-out images after every epoch; empty without such.
         failure: why there is nothing, or "".
     """
 
-    accuracies: dict[str, float]
+    numbers: dict[str, float]
     seconds: float
+    curve: list[float] = field(default_factory=list)
     failure: str = ""
 
 
@@ -97,36 +96,19 @@ def run_cell(cell: Cell) -> Outcome:
         if not _is_trained(run, cell.config):
             Trainer(cell.config, console=Console(quiet=True)).fit()
     except NonFiniteLossError as error:
-        return Outcome({}, 0.0, str(error))
-    accuracies: dict[str, float] = {}
+        return Outcome({}, 0.0, failure=str(error))
+    numbers: dict[str, float] = {}
     for judgement in cell.judgements:
-        result = _judge(run, judgement, cell)
-        subject = result.main_subject
-        for name in result.attacks:
-            accuracies.setdefault(name, result.score(subject, name).accuracy)
+        for name, value in judgement.judge(run, cell.config).items():
+            numbers.setdefault(name, value)  # the first judgement of clean images is on the most of them
     seconds = [record["seconds"] for record in run.metrics]
-    return Outcome(accuracies, sum(seconds) / len(seconds))
+    curve = [record["val_adv_accuracy"] for record in run.metrics if "val_adv_accuracy" in record]
+    return Outcome(numbers, sum(seconds) / len(seconds), curve)
 
 
 def _is_trained(run: Run, config: TrainConfig) -> bool:
     records = run.metrics
     return bool(records and records[-1]["epoch"] >= config.epochs and checkpoints(run.checkpoints))
-
-
-def _judge(run: Run, judgement: Judgement, cell: Cell) -> EvaluationResult:
-    config = EvaluationConfig(
-        list(judgement.attacks), members=False, images=judgement.images, sanity_samples=0, device=cell.config.device
-    )
-    budget = cell.config.evaluation
-    images = "all" if judgement.images is None else str(judgement.images)
-    folder = run.folder / f"judged-{'-'.join(judgement.attacks)}-{images}"
-    wanted = {name: describe_attack(attack) for name, attack in columns(budget, config).items()}
-    stored = folder / "evaluation.json"
-    if stored.is_file() and stored.stat().st_mtime >= checkpoints(run.checkpoints)[0].stat().st_mtime:
-        result = EvaluationResult.load(stored)
-        if all(name in result.attacks and result.settings(name) == wanted[name] for name in wanted):
-            return result
-    return evaluate_run(run, config, attack=budget, out=folder)
 
 
 def _announced(cell: Cell, number: int, total: int, console: Console) -> Outcome:
@@ -136,5 +118,5 @@ def _announced(cell: Cell, number: int, total: int, console: Console) -> Outcome
 
 
 def _line(cell: Cell, outcome: Outcome, number: int, total: int) -> str:
-    found = outcome.failure or ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.accuracies.items())
+    found = outcome.failure or ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.numbers.items())
     return f"{number}/{total} {cell.name}: {found}"

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ceat_fast.methods import ADP, CEAT, DVERGE, EAT, FASTEN, GAL, LAFED, TRS, CalibratedDistance, Method
+from ceat_fast.methods import ADP, CEAT, DVERGE, EAT, FASTEN, GAL, LAFED, TRS, CalibratedDistance, Method, Standard
 from ceat_fast.reproduce import numbers
+from ceat_fast.reproduce.judgements import BLACK_BOX
 from ceat_fast.reproduce.numbers import COLUMNS, Numbers
 
 RESNET20 = ("resnet20",) * 3
@@ -43,10 +44,12 @@ class Experiment:
     Attributes:
         name: for the command line.
         title: what it shows.
-        columns: of `numbers.COLUMNS`.
+        columns: what is measured, by the paper's names.
         blocks: its parts.
         contrasts: pairs (a, b) of rows of one block whose difference a - b is what the paper argues with.
         axis: for a figure over a setting, its name; the rows are then its values.
+        measure: "attacks", "transfer" between members, or "black box" attacks from surrogates.
+        per_epoch: also judge held-out images after every epoch.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Experiment:
     blocks: tuple[Block, ...]
     contrasts: tuple[tuple[str, str], ...]
     axis: str | None = None
+    measure: str = "attacks"
+    per_epoch: bool = False
 
 
 def _methods() -> dict[str, Method]:
@@ -134,6 +139,45 @@ def _sweep(name: str, setting: str, values: tuple[float, ...], fixed: Mapping[st
     return Experiment(name, title, COLUMNS, (block,), tuple((row, first) for row in rest), axis=setting)
 
 
+def _fig2() -> Experiment:
+    """Eq. 17 without e^D, on the samples on which the peers agree, disagree, are all right (F3) or all wrong (F4)."""
+
+    def distance(samples: str) -> EAT:
+        return EAT(plus_ceat=CalibratedDistance(lam=0.0, mu=5.0, mu_exponent=0.0, samples=samples))
+
+    methods: dict[str, Method] = {
+        "EAT": EAT(),
+        "L_adv, consistent": distance("consistent"),
+        "L_adv, inconsistent": distance("inconsistent"),
+        "L_adv, F3": distance("F3"),
+        "L_adv, F4": distance("F4"),
+        "L_adv, all": distance("all"),
+    }
+    block = Block("CIFAR-10", "cifar10", RESNET20, _rows(methods, {}))
+    contrasts = tuple((name, "EAT") for name in methods if name != "EAT")
+    title = "Distance on consistent and inconsistent samples (Figure 2)"
+    return Experiment("fig2", title, ("NAT", "PGD20"), (block,), contrasts, per_epoch=True)
+
+
+def _fig3() -> Experiment:
+    methods = {"Baseline": Standard()} | _methods() | {"CEAT": CEAT(lam=1.0, mu=5.0)}
+    columns = tuple(f"{source}>{target}" for source in (1, 2, 3) for target in (1, 2, 3))
+    flat = {name: [rate for row in matrix for rate in row] for name, matrix in numbers.FIGURE_3.items()}
+    rows = tuple(Row(name, method, dict(zip(columns, flat[name], strict=True))) for name, method in methods.items())
+    block = Block("CIFAR-10", "cifar10", RESNET20, rows)
+    contrasts = tuple(("CEAT", name) for name in methods if name != "CEAT")
+    title = "Success rates of attacks on one member, shown to another (Figure 3; low is good)"
+    return Experiment("fig3", title, columns, (block,), contrasts, measure="transfer")
+
+
+def _fig6() -> Experiment:
+    methods = {"EAT": EAT()} | _methods() | {"CEAT": CEAT(lam=1.0, mu=5.0)}
+    block = Block("CIFAR-10", "cifar10", RESNET20, _rows(methods, {}))
+    contrasts = tuple(("CEAT", name) for name in methods if name != "CEAT")
+    title = "Black-box robustness and training time (Figure 6)"
+    return Experiment("fig6", title, ("NAT", BLACK_BOX), (block,), contrasts, measure="black box")
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -141,7 +185,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         _table2(),
         _table3(),
         _table4(),
+        _fig2(),
+        _fig3(),
         _sweep("fig4", "lam", (1.0, 2.0, 3.0, 4.0, 5.0), {"mu": 1.0}),
         _sweep("fig5", "mu", (2.0, 3.0, 4.0, 5.0, 6.0), {"lam": 1.0}),
+        _fig6(),
     )
 }

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 def draw(result: Reproduction) -> Picture:
-    """Curves over the setting of a sensitivity figure, otherwise points per row and column."""
-    return _curves(result) if result.experiment.axis is not None else _points(result)
+    """Curves over the epochs or over the setting of a sensitivity figure, otherwise points per row and column."""
+    if result.experiment.per_epoch:
+        return _epochs(result)
+    return _sensitivity(result) if result.experiment.axis is not None else _points(result)
 
 
 def _points(result: Reproduction) -> Picture:
     """A panel per column, a line per row: our mean with its 95 % interval, and the paper's number."""
     from matplotlib.figure import Figure
 
-    columns = result.experiment.columns
+    found = {name for block in result.blocks for row in block.rows for name in row.numbers if row.numbers[name]}
+    columns = [name for name in result.experiment.columns if name in found] or list(result.experiment.columns)
     height = sum(len(block.rows) for block in result.blocks) * 0.24 + 0.7 * len(result.blocks) + 0.4
     figure = Figure(figsize=(1.6 + 1.5 * len(columns), height), layout="constrained")
     panels = figure.subplots(len(result.blocks), len(columns), squeeze=False, sharey="row")
@@ -52,7 +55,7 @@ def _panel(axis: Axes, block: BlockResult, column: str) -> None:
     axis.tick_params(labelsize=8)
 
 
-def _curves(result: Reproduction) -> Picture:
+def _sensitivity(result: Reproduction) -> Picture:
     """Accuracy over the setting, a curve per column with 95 % intervals."""
     figure, axis = canvas()
     (block,) = result.blocks
@@ -66,6 +69,21 @@ def _curves(result: Reproduction) -> Picture:
                 x, [s.mean for _, s in known], yerr=widths, marker="o", ms=4, capsize=2, color=colour, label=column
             )
     axis.set(xlabel=str(result.experiment.axis), ylabel="accuracy in %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    return picture(figure)
+
+
+def _epochs(result: Reproduction) -> Picture:
+    """Robust accuracy on held-out images over the epochs: a curve per row, its mean over the seeds."""
+    figure, axis = canvas(5.0, 3.4)
+    for block in result.blocks:
+        for row, colour in zip(block.rows, COLOURS * len(block.rows), strict=False):
+            curves = list(row.curves.values())
+            if curves:
+                mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+                axis.plot(range(1, len(mean) + 1), mean, color=colour, label=row.row.name)
+    axis.set(xlabel="epoch", ylabel="robust accuracy, held out, in %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
     return picture(figure)

@@ -1,4 +1,4 @@
-"""What an experiment gave: accuracies by block, row, column and seed, beside the paper's."""
+"""What an experiment gave: numbers by block, row, column and seed, beside the paper's."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ceat_fast.reproduce.statistics import Summary, summarise
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row; accuracies are in percent, one per training that did not fail, by seed."""
+    """One row; numbers are in percent, one per training that did not fail, by seed."""
 
     row: Row
-    accuracies: dict[str, dict[int, float]]  # column -> seed -> accuracy
+    numbers: dict[str, dict[int, float]]  # column -> seed -> number
     seconds: Summary | None  # training time per epoch
+    curves: dict[int, list[float]]  # seed -> robust accuracy on held-out images after every epoch
     failures: dict[int, str]  # seed -> why there is nothing
 
     def summary(self, column: str) -> Summary | None:
         """Over the seeds; None where nothing was judged."""
-        values = list(self.accuracies[column].values())
+        values = list(self.numbers[column].values())
         return summarise(values) if values else None
 
 
@@ -41,7 +42,7 @@ class BlockResult:
         a, b = (next((r for r in self.rows if r.row.name == name), None) for name in (first, second))
         if a is None or b is None:
             return None, None
-        left, right = a.accuracies[column], b.accuracies[column]
+        left, right = a.numbers[column], b.numbers[column]
         values = [left[seed] - right[seed] for seed in left if seed in right]
         paper = [row.row.paper.get(column) for row in (a, b)]
         difference = None if paper[0] is None or paper[1] is None else paper[0] - paper[1]
@@ -57,7 +58,7 @@ class Reproduction:
     blocks: list[BlockResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what was run, and every accuracy by seed."""
+        """Plain values: what was run, and every number by seed."""
         return {
             "experiment": self.experiment.name,
             "scale": self.scale.name,
@@ -70,8 +71,9 @@ class Reproduction:
                         {
                             "name": row.row.name,
                             "method": row.row.method.label,
-                            "accuracies": row.accuracies,
+                            "numbers": row.numbers,
                             "paper": dict(row.row.paper),
+                            "curves": row.curves,
                             "seconds_per_epoch": None if row.seconds is None else row.seconds.mean,
                             "failures": row.failures,
                         }
@@ -85,14 +87,15 @@ class Reproduction:
 
 def row_result(row: Row, outcomes: Sequence[tuple[int, Outcome]], scale: Scale, columns: Sequence[str]) -> RowResult:
     """From (seed, outcome) of each training of a row."""
-    accuracies = {
+    found = {
         column: {
-            seed: 100 * outcome.accuracies[scale.attack_of(column)]
+            seed: 100 * outcome.numbers[scale.judged_as(column)]
             for seed, outcome in outcomes
-            if scale.attack_of(column) in outcome.accuracies
+            if scale.judged_as(column) in outcome.numbers
         }
         for column in columns
     }
     seconds = [outcome.seconds for _, outcome in outcomes if not outcome.failure]
     failures = {seed: outcome.failure for seed, outcome in outcomes if outcome.failure}
-    return RowResult(row, accuracies, summarise(seconds) if seconds else None, failures)
+    curves = {seed: [100 * value for value in outcome.curve] for seed, outcome in outcomes if outcome.curve}
+    return RowResult(row, found, summarise(seconds) if seconds else None, curves, failures)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -10,12 +11,16 @@ from rich.console import Console
 from ceat_fast.choices import require_choice
 from ceat_fast.environment import describe_environment
 from ceat_fast.files import PathLike, write_atomic, write_json
+from ceat_fast.methods import Method, Standard
 from ceat_fast.reproduce.cells import Cell, make_cell, run_cells
-from ceat_fast.reproduce.experiments import EXPERIMENTS, Block, Experiment, Row
+from ceat_fast.reproduce.experiments import EXPERIMENTS, Block, Experiment
 from ceat_fast.reproduce.figures import draw
+from ceat_fast.reproduce.judgements import Attacked, BlackBox, Judgement, Transferred
 from ceat_fast.reproduce.outcome import BlockResult, Reproduction, row_result
 from ceat_fast.reproduce.scales import SCALES, Scale
 from ceat_fast.reproduce.tables import failures, grids, verdicts
+
+_SURROGATE_SEED = 1000  # above all seeds of rows: a surrogate is never one of the judged
 
 
 def reproduce(
@@ -54,39 +59,11 @@ def reproduce(
     for row in only:
         require_choice(f"row of {name}", row, {row.name for block in experiment.blocks for row in block.rows})
     count = size.seeds if seeds is None else seeds
-    if count < 1:
-        raise ValueError(f"seeds must be at least 1, got {count}")
-    root = Path(out) / scale
-    places = list(_places(experiment, size, only, count))
-    cells = [
-        make_cell(
-            f"{block.title}, {row.name}",
-            size.train_config(row.method, block.dataset, block.models, seed),
-            size.judgements,
-            root,
-            device,
-            data_root,
-        )
-        for seed, block, row in places
-    ]
-    unique: dict[Path, Cell] = {cell.folder: cell for cell in cells}
-    found = dict(zip(unique, run_cells(list(unique.values()), jobs, console or Console(quiet=True)), strict=True))
-    outcomes = {
-        (block.title, row.name, seed): found[cell.folder]
-        for (seed, block, row), cell in zip(places, cells, strict=True)
-    }
-    blocks = []
-    for block in _distinct(experiment, size):
-        rows = [row for row in block.rows if not only or row.name in only]
-        results = [
-            row_result(
-                row, [(seed, outcomes[block.title, row.name, seed]) for seed in range(count)], size, experiment.columns
-            )
-            for row in rows
-        ]
-        blocks.append(BlockResult(block, size.datasets[block.dataset], [size.models[m] for m in block.models], results))
-    result = Reproduction(experiment, size, blocks)
-    write(result, root)
+    if not 1 <= count <= _SURROGATE_SEED:
+        raise ValueError(f"seeds must be at least 1 and at most {_SURROGATE_SEED}, got {count}")
+    session = _Session(experiment, size, Path(out) / scale, device, data_root, jobs, console or Console(quiet=True))
+    result = session.run(list(only), count)
+    write(result, session.root)
     return result
 
 
@@ -94,10 +71,61 @@ def write(result: Reproduction, folder: Path) -> None:
     """Write table, figure and numbers of a reproduction into `folder`."""
     name = result.experiment.name
     parts = [f"# {result.experiment.title}, scale {result.scale.name}", *(grid.markdown() for grid in grids(result))]
-    parts += [*verdicts(result), *failures(result), f"![{result.experiment.title}]({name}.png)"]
-    write_atomic(folder / f"{name}.md", ("\n\n".join(parts) + "\n").encode())
+    sentences = "\n".join(f"* {sentence}" for sentence in (*verdicts(result), *failures(result)))
+    parts += [sentences, f"![{result.experiment.title}]({name}.png)"]
+    write_atomic(folder / f"{name}.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
     write_atomic(folder / f"{name}.png", draw(result).png)
     write_json(folder / f"{name}.json", {**result.to_dict(), "environment": describe_environment()})
+
+
+@dataclass
+class _Session:
+    """One call of `reproduce`."""
+
+    experiment: Experiment
+    scale: Scale
+    root: Path
+    device: str
+    data_root: str | None
+    jobs: int
+    console: Console
+
+    def run(self, only: list[str], seeds: int) -> Reproduction:
+        blocks = _distinct(self.experiment, self.scale)
+        rows = {block.title: [row for row in block.rows if not only or row.name in only] for block in blocks}
+        judgements = {block.title: self._judgements(block) for block in blocks}
+        # Seed by seed, so that an interrupted experiment has all rows of the first seeds.
+        cells = {
+            (block.title, row.name, seed): self._cell(row.name, row.method, block, seed, judgements[block.title])
+            for seed in range(seeds)
+            for block in blocks
+            for row in rows[block.title]
+        }
+        unique = {cell.folder: cell for cell in cells.values()}
+        found = dict(zip(unique, run_cells(list(unique.values()), self.jobs, self.console), strict=True))
+        results = []
+        for block in blocks:
+            outcomes = [
+                (row, [(seed, found[cells[block.title, row.name, seed].folder]) for seed in range(seeds)])
+                for row in rows[block.title]
+            ]
+            lines = [row_result(row, by_seed, self.scale, self.experiment.columns) for row, by_seed in outcomes]
+            models = [self.scale.models[model] for model in block.models]
+            results.append(BlockResult(block, self.scale.datasets[block.dataset], models, lines))
+        return Reproduction(self.experiment, self.scale, results)
+
+    def _judgements(self, block: Block) -> tuple[Judgement, ...]:
+        if self.experiment.measure == "transfer":
+            return (Transferred(self.scale.transfer),)
+        if self.experiment.measure == "black box":
+            surrogate = self._cell("surrogate", Standard(), block, _SURROGATE_SEED, ())
+            run_cells([surrogate], 1, self.console)
+            return (Attacked(()), BlackBox((surrogate.folder,), self.scale.transfer))
+        return self.scale.judgements
+
+    def _cell(self, name: str, method: Method, block: Block, seed: int, judgements: tuple[Judgement, ...]) -> Cell:
+        config = self.scale.train_config(method, block.dataset, block.models, seed, self.experiment.per_epoch)
+        return make_cell(f"{block.title}, {name}", config, judgements, self.root, self.device, self.data_root)
 
 
 def _distinct(experiment: Experiment, scale: Scale) -> list[Block]:
@@ -107,12 +135,3 @@ def _distinct(experiment: Experiment, scale: Scale) -> list[Block]:
         models = tuple(scale.models[model] for model in block.models)
         blocks.setdefault((scale.datasets[block.dataset], models), block)
     return list(blocks.values())
-
-
-def _places(experiment: Experiment, scale: Scale, only: Sequence[str], seeds: int) -> Iterator[tuple[int, Block, Row]]:
-    """Seed by seed, so that an interrupted experiment has all rows of the first seeds."""
-    for seed in range(seeds):
-        for block in _distinct(experiment, scale):
-            for row in block.rows:
-                if not only or row.name in only:
-                    yield seed, block, row

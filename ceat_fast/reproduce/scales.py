@@ -10,9 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ceat_fast.attacks import parse_budget
-from ceat_fast.evaluation import CLEAN
+from ceat_fast.evaluation import CLEAN, TransferConfig
 from ceat_fast.methods import ADP, DVERGE, FASTEN, GAL, LAFED, TRS, Method
-from ceat_fast.training import SGD, Adam, AttackConfig, DataConfig, MultiStep, OptimizerConfig, TrainConfig
+from ceat_fast.reproduce.judgements import Attacked
+from ceat_fast.training import (
+    SGD,
+    Adam,
+    AttackConfig,
+    DataConfig,
+    MultiStep,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 PAPER_RADIUS = 0.031
 
@@ -23,14 +33,6 @@ _RADII: dict[type[Method], tuple[str, ...]] = {
     FASTEN: ("eps",),
     TRS: ("first_delta", "last_delta"),
 }
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Attacks that judge a run, and on how many of its test images (None: on all)."""
-
-    attacks: tuple[str, ...]
-    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Scale:
         sgd, adam: the optimizers, and their number of epochs.
         attack: makes the training inputs.
         evaluation: budget of the attacks that judge.
-        judgements: what is judged; a column that none of them gives stays empty.
+        judgements: what tables are judged by; a column that none of them gives stays empty.
+        transfer: how transfer between members and from surrogates is tested.
+        held_out: training images that are judged after every epoch, where an experiment asks for that.
         batch_size: images per step.
         train_images: use only the first so many.
     """
@@ -58,17 +62,22 @@ class Scale:
     adam: tuple[OptimizerConfig, int]
     attack: AttackConfig
     evaluation: AttackConfig
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[Attacked, ...]
+    transfer: TransferConfig
+    held_out: int
     batch_size: int = 128
     train_images: int | None = None
 
-    def train_config(self, method: Method, dataset: str, models: tuple[str, ...], seed: int) -> TrainConfig:
+    def train_config(
+        self, method: Method, dataset: str, models: tuple[str, ...], seed: int, hold_out: bool = False
+    ) -> TrainConfig:
         """Settings of one training, but for the place, device and data folder.
 
         Args:
             method: with the settings of the paper's scale.
             dataset, models: the paper's names.
             seed: of the training.
+            hold_out: hold `held_out` training images out and judge them after every epoch.
         """
         shared = isinstance(method, _SHARED_ADAM)
         optimizer, epochs = self.adam if shared else self.sgd
@@ -82,6 +91,7 @@ class Scale:
             evaluation=self.evaluation,
             optimizer=optimizer,
             schedule=MultiStep(milestones=milestones),
+            validation=ValidationConfig(self.held_out if hold_out else 0, attack=self.evaluation),
             epochs=epochs,
             batch_size=self.batch_size,
             seed=seed,
@@ -93,10 +103,11 @@ class Scale:
         names = _RADII.get(type(method), ())
         return replace(method, **{name: factor * getattr(method, name) for name in names}) if names else method
 
-    def attack_of(self, column: str) -> str:
-        """Name of the attack that gives a column."""
+    def judged_as(self, column: str) -> str:
+        """The name under which a judgement gives a column."""
         steps = self.evaluation.steps
-        return {"NAT": CLEAN, "PGD20": f"PGD-{steps}", "MIM": f"MIM-{steps}", "CW": f"CW-{steps}", "AA": "AA"}[column]
+        names = {"NAT": CLEAN, "PGD20": f"PGD-{steps}", "MIM": f"MIM-{steps}", "CW": f"CW-{steps}"}
+        return names.get(column, column)
 
 
 _DIGITS_MODELS = {
@@ -119,7 +130,9 @@ SCALES: dict[str, Scale] = {
             adam=(Adam(lr=0.01), 3),
             attack=AttackConfig(eps=0.05, alpha=0.05, steps=1),
             evaluation=AttackConfig(eps=0.05, alpha=0.02, steps=5),
-            judgements=(Judgement(("PGD", "MIM", "CW"), images=100),),
+            judgements=(Attacked(("PGD", "MIM", "CW"), images=100),),
+            transfer=TransferConfig(eps=0.05, steps=5, restarts=1, surrogate_steps=5, surrogate_restarts=1, images=100),
+            held_out=64,
             batch_size=32,
             train_images=256,
         ),
@@ -128,11 +141,14 @@ SCALES: dict[str, Scale] = {
             datasets=_DIGITS,
             models=_DIGITS_MODELS,
             seeds=5,
-            sgd=(SGD(lr=0.1, grad_clip=1.0), 16),
+            sgd=(SGD(lr=0.2, grad_clip=1.0), 16),
             adam=(Adam(lr=0.01), 20),
             attack=_DIGITS_ATTACK,
             evaluation=AttackConfig(eps=0.15, alpha=0.01875, steps=20),
-            judgements=(Judgement(("PGD", "MIM", "CW")), Judgement(("AA",), images=100)),
+            judgements=(Attacked(("PGD", "MIM", "CW")), Attacked(("AA",), images=100)),
+            transfer=TransferConfig(eps=0.15, surrogate_steps=50),
+            held_out=287,
+            batch_size=64,
         ),
         Scale(
             name="paper",
@@ -143,7 +159,9 @@ SCALES: dict[str, Scale] = {
             adam=(Adam(lr=1e-3), 150),
             attack=AttackConfig(),
             evaluation=AttackConfig(steps=20),
-            judgements=(Judgement(("PGD", "MIM", "CW")), Judgement(("AA",))),
+            judgements=(Attacked(("PGD", "MIM", "CW")), Attacked(("AA",))),
+            transfer=TransferConfig(),
+            held_out=1000,
         ),
     )
 }

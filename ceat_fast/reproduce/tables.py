@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from ceat_fast.reproduce.outcome import BlockResult, Reproduction, RowResult
@@ -22,11 +23,17 @@ class Grid(NamedTuple):
         """For the terminal."""
         table = Table(title=self.title, title_justify="left")
         for number, name in enumerate(self.header):
-            table.add_column(name, justify="left" if number < 2 else "right")
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
         for group in self.groups:
             for row in group:
                 table.add_row(*row, end_section=row is group[-1])
         return table
+
+    def print(self) -> None:
+        """To the terminal, as wide as the table needs: a wrapped number cannot be read."""
+        table, console = self.rich(), Console()
+        needed = Console(width=1000).measure(table).maximum
+        Console(width=max(console.width, needed)).print(table)
 
     def markdown(self) -> str:
         """For a file."""
@@ -103,14 +110,17 @@ def failures(result: Reproduction) -> list[str]:
 
 def _what(result: Reproduction, block: BlockResult) -> str:
     scale = result.scale
-    counts = sorted({len(values) for row in block.rows for values in row.accuracies.values() if values})
+    counts = sorted({len(values) for row in block.rows for values in row.numbers.values() if values})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
     parts = [
         f"Ours: {block.dataset}, {', '.join(block.models)}, eps {scale.evaluation.eps}, mean ± standard deviation over "
         f"{seeds} seed(s)"
     ]
-    limits = {name: judgement.images for judgement in scale.judgements for name in judgement.attacks}
-    parts += [f"{name} on the first {images} test images" for name, images in limits.items() if images is not None]
+    if result.experiment.measure == "attacks":
+        parts.append(f"PGD, MIM and CW of {scale.evaluation.steps} steps")
+    limited = [judgement for judgement in scale.judgements if judgement.images is not None]
+    if result.experiment.measure == "attacks":
+        parts += [f"{', '.join(j.attacks)} on the first {j.images} test images" for j in limited]
     if block.dataset != block.block.dataset:
         parts.append(f"the paper's are {block.block.title}: compare the differences between rows, not the values")
     return "; ".join(parts)

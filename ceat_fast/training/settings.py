@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ceat_fast.attacks import PGD
 from ceat_fast.choices import require_choice
-from ceat_fast.data import AUGMENTATIONS, DATASETS
+from ceat_fast.data import AUGMENTATIONS, require_dataset_name
 from ceat_fast.training.checks import require, require_positive
 
 REACTIONS = ("stop", "warn", "off")
@@ -17,7 +17,7 @@ class DataConfig:
     """Which data set.
 
     Args:
-        name: name of the data set.
+        name: cifar10, cifar100, svhn, digits, or "module:function" of your own, called with the folder.
         root: folder of its files; the library's default if not given.
         augment: "auto" (what suits the data set), "none", "shift", "crop" or "crop_flip".
         train_images: use only the first so many training images, for quick tries.
@@ -29,7 +29,7 @@ class DataConfig:
     train_images: int | None = None
 
     def __post_init__(self) -> None:
-        require_choice("data set", self.name, DATASETS)
+        require_dataset_name(self.name)
         require_choice("augmentation", self.augment, ("auto", *AUGMENTATIONS))
         require_positive(self, "data.", "train_images")
 

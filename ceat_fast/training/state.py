@@ -90,7 +90,10 @@ class StateKeeper:
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
         """
-        found = usable_checkpoint(self.folder, warn) if self.layout.is_main else None
+        found: Path | None = None
+        with self.layout.main_first():
+            if self.layout.is_main:
+                found = usable_checkpoint(self.folder, warn)
         path = self.layout.from_main(found)
         if path is None:
             return Position()

@@ -45,7 +45,7 @@ class Stepper:
         self.method = copy.deepcopy(config.method)
         self.optimizer = MemberOptimizer(config.optimizer, list(ensemble.members))
         self.scaler = torch.amp.GradScaler(layout.device.type, enabled=config.precision == "fp16")
-        self._exchanges_labels = isinstance(ensemble, SpreadEnsemble) and _needs_true_class_only(self.method)
+        self._exchanges_labels = _needs_true_class_only(self.method) and ensemble.average == "prob"
         if isinstance(ensemble, SpreadEnsemble):
             _require_spreadable(config, self.method)
 

@@ -23,7 +23,7 @@ class TensorBoard(Callback):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("tensorboard=true needs the package: pip install tensorboard") from error
+            raise ImportError('tensorboard=true needs a package: pip install "ceat-fast[tensorboard]"') from error
         self._make_writer: Any = SummaryWriter
         self._writer: Any = None
 

@@ -147,7 +147,7 @@ class Trainer:
                 if signal or self._saves_now():
                     path = self._save()
                 if signal and self.position.epoch < self.config.epochs:
-                    raise TrainingInterrupted(signal, f"interrupted; saved {path}")
+                    raise self._interruption(signal, path)
         self.ensemble.eval()
         return self.records
 
@@ -187,7 +187,7 @@ class Trainer:
             if saving or signal:
                 path = self._save()
             if signal:
-                raise TrainingInterrupted(signal, f"interrupted; saved {path}")
+                raise self._interruption(signal, path)
             if reading and progress.wants_updates:
                 speed = self.metrics.samples * self.layout.data_ranks / position.seconds
                 progress.update(position.epoch, position.batch / self.batches, speed, summary(self.metrics.result()))
@@ -211,6 +211,10 @@ class Trainer:
         self.position, self.metrics = Position(position.epoch + 1), EpochMetrics(self.ensemble.combine)
         if record.get("val_adv_accuracy", -1.0) > best:
             self.keeper.save_best(self.steps_done)
+
+    def _interruption(self, signal: int, saved: Path | None) -> TrainingInterrupted:
+        place = "" if saved is None else f"; saved {saved}"
+        return TrainingInterrupted(signal, f"interrupted after step {self.steps_done}{place}")
 
     def _saves_now(self) -> bool:
         """Whether a checkpoint is due at this position."""

@@ -1,0 +1,225 @@
+"""AutoAttack here and in the package pyautoattack 0.2.0, on trained ensembles of three: verdicts and time.
+
+    python bench/autoattack.py [--quick] [--images 100] [--ensembles NAME ...] [--root DATA] [--runs DIR] [--json FILE]
+
+Every ensemble is trained first (or taken from the folder of an earlier call), on the digits that come with the package
+or on a part of CIFAR-10 in DATA. The images are attacked in chunks, by one contender after the other, so that a slow
+minute hits all of them. --quick judges fewer images of the digits with a tenth of the budget. The contenders are
+pyautoattack on the ensemble as it is, ceat_fast in fp32, and in mixed precision where the device has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ceat_fast.attacks import AttackResult, AutoAttack
+from ceat_fast.data import Dataset, load_dataset
+from ceat_fast.ensemble import Ensemble, resolve_precision
+from ceat_fast.environment import describe_environment
+from ceat_fast.methods import EAT, Method, Standard
+from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer
+
+QUICK = {"version": "custom", "attacks": ("apgd-ce", "apgd-t", "fab-t", "square"), "steps": 10, "queries": 500}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An ensemble to judge, and the radius to judge it at."""
+
+    data: str
+    method: Method
+    training_eps: float
+    eps: float
+    epochs: int
+    training_images: int
+    model: str
+    lr: float
+
+
+# The radii leave each ensemble between a fifth and four fifths of its accuracy, where verdicts can differ.
+SUBJECTS = {
+    "digits, standard": Subject("digits", Standard(), 0.0, 0.05, 20, 1437, "digits_resnet", 0.1),
+    "digits, adversarial": Subject("digits", EAT(), 0.15, 0.15, 20, 1437, "digits_resnet", 0.1),
+    "cifar10, standard": Subject("cifar10", Standard(), 0.0, 0.5 / 255, 4, 5000, "resnet20", 0.05),
+    "cifar10, adversarial": Subject("cifar10", EAT(), 8 / 255, 4 / 255, 6, 3000, "resnet20", 0.05),
+}
+
+
+def load(subject: Subject, root: str | None) -> Dataset:
+    data = load_dataset(subject.data, root)
+    count = subject.training_images
+    return dataclasses.replace(data, train_images=data.train_images[:count], train_labels=data.train_labels[:count])
+
+
+def train(name: str, subject: Subject, data: Dataset, runs: Path, device: str) -> Ensemble:
+    eps = subject.training_eps
+    config = TrainConfig(
+        out=str(runs / name.replace(", ", "_")),
+        method=subject.method,
+        models=[subject.model] * 3,
+        data=DataConfig(subject.data, augment="none"),
+        attack=AttackConfig(eps=eps, alpha=eps / 2 or 0.01, steps=4),
+        optimizer=SGD(lr=subject.lr, grad_clip=1.0),
+        schedule=MultiStep(milestones=[subject.epochs * 3 // 4]),
+        epochs=subject.epochs,
+        device=device,
+        resume=True,
+    )
+    trainer = Trainer(config, dataset=data)
+    trainer.fit()
+    return trainer.run.load_ensemble(data, device).eval()
+
+
+class Passes(nn.Module):
+    """Counts the images that pass a model forwards, and backwards to the input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.counts: Counter[str] = Counter()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts["forwards"] += len(x)
+        if x.requires_grad:
+            x.register_hook(self._count)
+        logits: Tensor = self.model(x)
+        return logits
+
+    def _count(self, grad: Tensor) -> None:
+        self.counts["backwards"] += len(grad)
+
+
+class Contender:
+    """An attack, and what it found and took so far."""
+
+    def __init__(self, attack: AutoAttack, model: nn.Module) -> None:
+        self.attack = attack
+        self.model = Passes(model) if attack.backend == "reference" else model
+        self.parts: list[AttackResult] = []
+        self.seconds: Counter[str] = Counter()
+
+    def run(self, x: Tensor, y: Tensor, index: Tensor) -> None:
+        began = time.perf_counter()
+        part = self.attack.run(self.model, x, y, index)
+        self.parts.append(part)
+        self.seconds["total"] += time.perf_counter() - began
+        self.seconds.update(part.seconds)
+
+    @property
+    def fooled(self) -> Tensor:
+        return torch.cat([part.fooled for part in self.parts])
+
+    def record(self) -> dict[str, Any]:
+        """Accuracies after each attack, seconds and passes; fooled: one character per image."""
+        counts = torch.cat([part.fooled_by for part in self.parts])
+        names = self.parts[0].attacks
+        passes = {
+            "forwards": int(sum(part.forwards.sum() for part in self.parts)),
+            "backwards": int(sum(part.backwards.sum() for part in self.parts)),
+        }
+        if isinstance(self.model, Passes):
+            passes = dict(self.model.counts)
+        return {
+            "label": self.attack.label,
+            "precision": self.parts[0].precision,
+            "accuracy_after": {
+                name: 1 - ((counts >= 0) & (counts <= place)).double().mean().item() for place, name in enumerate(names)
+            },
+            "seconds": dict(self.seconds),
+            "passes": passes,
+            "fooled": "".join("01"[flag] for flag in self.fooled.tolist()),
+            "flags": sorted({flag for part in self.parts for flag in part.flags}),
+        }
+
+
+def contenders(model: nn.Module, eps: float, settings: dict[str, Any]) -> dict[str, Contender]:
+    attacks = {
+        "pyautoattack": AutoAttack(eps, backend="reference", **settings),
+        "ceat_fast": AutoAttack(eps, **settings),
+    }
+    if resolve_precision("auto", model) != "fp32":
+        attacks["ceat_fast, mixed"] = AutoAttack(eps, precision="mixed", **settings)
+    return {name: Contender(attack, model) for name, attack in attacks.items()}
+
+
+def compare(model: nn.Module, eps: float, x: Tensor, y: Tensor, chunk: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What each contender found on the images, chunk by chunk in turn, and how it compares with pyautoattack."""
+    found = contenders(model, eps, settings)
+    for index in torch.arange(len(x), device=x.device).split(chunk):
+        for contender in found.values():
+            contender.run(x[index], y[index], index)
+    reference = found["pyautoattack"]
+    records = {name: contender.record() for name, contender in found.items()}
+    for name, contender in found.items():
+        records[name]["agreement"] = (contender.fooled == reference.fooled).double().mean().item()
+        records[name]["speedup"] = {
+            part: reference.seconds[part] / seconds for part, seconds in contender.seconds.items()
+        }
+    return records
+
+
+def table(title: str, records: dict[str, Any]) -> Table:
+    """Robust accuracy, agreement and seconds, one row per contender."""
+    parts = [part for part in records["ceat_fast"]["seconds"] if part != "clean"]
+    result = Table(title=title)
+    for heading in ("", "clean", "robust", "flags as pyautoattack", *(f"{part}, s" for part in parts), "passes"):
+        result.add_column(heading, justify="right" if heading else "left")
+    for name, record in records.items():
+        accuracy = record["accuracy_after"]
+        times = (f"{record['seconds'][part]:.1f} ({record['speedup'][part]:.2f}x)" for part in parts)
+        passes = f"{record['passes']['forwards']:,} f, {record['passes']['backwards']:,} b"
+        accuracies = (f"{accuracy['clean']:.1%}", f"{list(accuracy.values())[-1]:.1%}")
+        result.add_row(name, *accuracies, f"{record['agreement']:.1%}", *times, passes)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="40 images of the digits, a tenth of the budget")
+    parser.add_argument("--ensembles", nargs="+", choices=SUBJECTS, help="default: the digits; all of them with --root")
+    parser.add_argument("--images", type=int, default=100, help="test images to judge")
+    parser.add_argument("--chunk", type=int, default=50, help="images that a contender judges before the next one")
+    parser.add_argument("--root", help="folder of CIFAR-10")
+    parser.add_argument("--runs", help="folder that keeps the trained ensembles; default: a temporary one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="file for the numbers")
+    arguments = parser.parse_args()
+    images = min(arguments.images, 40) if arguments.quick else arguments.images
+    names = arguments.ensembles or [name for name in SUBJECTS if arguments.root or name.startswith("digits")]
+    settings = QUICK if arguments.quick else {}
+    console, results = Console(), {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            subject = SUBJECTS[name]
+            data = load(subject, arguments.root)
+            model = train(name, subject, data, Path(arguments.runs or temporary), arguments.device)
+            x = data.test_images[:images].to(arguments.device).float() / data.scale
+            y = data.test_labels[:images].to(arguments.device)
+            results[name] = compare(model, subject.eps, x, y, arguments.chunk, settings)
+            console.print(table(f"{name}, eps {subject.eps:.4f}, {images} images", results[name]))
+    if arguments.json:
+        document = {
+            "budget": "quick" if arguments.quick else "standard",
+            "images": images,
+            "ensembles": results,
+            "environment": describe_environment(),
+        }
+        Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

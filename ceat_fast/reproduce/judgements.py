@@ -1,0 +1,130 @@
+"""What a training is judged by; each judgement is kept in the run's folder and read from there the next time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ceat_fast.evaluation import (
+    BlackBoxResult,
+    EvaluationResult,
+    TransferConfig,
+    TransferMatrix,
+    evaluate_run,
+    transfer_run,
+)
+from ceat_fast.evaluation.fingerprint import describe_attack
+from ceat_fast.evaluation.protocol import EvaluationConfig, columns
+from ceat_fast.evaluation.transfer import surrogate_attacks
+from ceat_fast.evaluation.transfer_result import ALL
+from ceat_fast.training import Run, TrainConfig
+from ceat_fast.training.checkpoint import checkpoints
+
+BLACK_BOX = "black box"
+Result = TypeVar("Result")
+
+
+class Judgement(ABC):
+    """Numbers about a trained run."""
+
+    @abstractmethod
+    def judge(self, run: Run, config: TrainConfig) -> dict[str, float]:
+        """Name -> share in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Attacked(Judgement):
+    """Accuracy of the ensemble on test images, clean and attacked.
+
+    Attributes:
+        attacks: names as for `ceat-fast evaluate`.
+        images: the first so many of the test images; all if None.
+    """
+
+    attacks: tuple[str, ...]
+    images: int | None = None
+
+    def judge(self, run: Run, config: TrainConfig) -> dict[str, float]:
+        """By attack."""
+        settings = EvaluationConfig(
+            list(self.attacks), members=False, images=self.images, sanity_samples=0, device=config.device
+        )
+        count = "all" if self.images is None else str(self.images)
+        folder = run.folder / f"judged-{'-'.join(self.attacks)}-{count}"
+        wanted = {name: describe_attack(attack) for name, attack in columns(config.evaluation, settings).items()}
+
+        def fits(result: EvaluationResult) -> bool:
+            return all(name in result.attacks and result.settings(name) == wanted[name] for name in wanted)
+
+        result = _stored(run, folder / "evaluation.json", EvaluationResult.load, fits)
+        result = result or evaluate_run(run, settings, attack=config.evaluation, out=folder)
+        return {name: result.score(result.main_subject, name).accuracy for name in result.attacks}
+
+
+@dataclass(frozen=True)
+class Transferred(Judgement):
+    """Success rates of attacks on each member, shown to every member: "1>2" was made against the first member.
+
+    Attributes:
+        config: how transfer is tested.
+    """
+
+    config: TransferConfig
+
+    def judge(self, run: Run, config: TrainConfig) -> dict[str, float]:
+        """By source and target, counted from 1."""
+        wanted = describe_attack(self.config.attack())
+
+        def fits(result: TransferMatrix) -> bool:
+            return result.attack == wanted and result.protocol == self.config.protocol
+
+        matrix = _stored(run, run.folder / "transfer.json", TransferMatrix.load, fits)
+        matrix = matrix or transfer_run(run, config=self.config)[0]
+        members = range(len(matrix.sources))
+        return {f"{s + 1}>{t + 1}": matrix.rates[s, t].item() for s in members for t in members}
+
+
+@dataclass(frozen=True)
+class BlackBox(Judgement):
+    """Accuracy of the ensemble on inputs made against surrogates, in the worst case over all attacks on them.
+
+    Attributes:
+        surrogates: run folders, trained.
+        config: how transfer is tested.
+    """
+
+    surrogates: tuple[Path, ...]
+    config: TransferConfig
+
+    def judge(self, run: Run, config: TrainConfig) -> dict[str, float]:
+        """Under the name "black box"."""
+        attacks = surrogate_attacks(
+            self.config.eps,
+            self.config.alpha,
+            steps=self.config.surrogate_steps,
+            restarts=self.config.surrogate_restarts,
+            seed=self.config.seed,
+            precision=self.config.precision,
+        )
+        wanted = {name: describe_attack(attack) for name, attack in attacks.items()}
+
+        def fits(result: BlackBoxResult) -> bool:
+            surrogates = {surrogate for surrogate, _ in result.correct}
+            return result.attacks == wanted and surrogates == {str(folder) for folder in self.surrogates}
+
+        result = _stored(run, run.folder / "black_box.json", BlackBoxResult.load, fits)
+        if result is None:
+            _, result = transfer_run(run, [Run.open(folder) for folder in self.surrogates], self.config)
+        assert result is not None  # there are surrogates
+        return {BLACK_BOX: result.accuracies("ensemble")[ALL]}
+
+
+def _stored(run: Run, path: Path, load: Callable[[Any], Result], fits: Callable[[Result], bool]) -> Result | None:
+    """What `path` holds, if it is about the run's last checkpoint and fits."""
+    if not path.is_file() or path.stat().st_mtime < checkpoints(run.checkpoints)[0].stat().st_mtime:
+        return None
+    result = load(path)
+    return result if fits(result) else None

@@ -1,0 +1,287 @@
+"""The paper's experiments as commands: what is run at which scale, that nothing is run twice, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ceat_fast.cli import main
+from ceat_fast.evaluation import TransferConfig
+from ceat_fast.methods import ADP, CEAT, DVERGE, EAT, FASTEN, GAL, TRS
+from ceat_fast.reproduce import EXPERIMENTS, SCALES, cells, reproduce
+from ceat_fast.reproduce.judgements import Attacked
+from ceat_fast.reproduce.numbers import COLUMNS
+from ceat_fast.reproduce.statistics import summarise
+from ceat_fast.reproduce.tables import grids
+from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError
+
+
+@pytest.fixture
+def micro(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A scale of a second per training."""
+    scale = replace(
+        SCALES["smoke"],
+        name="micro",
+        sgd=(SGD(lr=0.1, grad_clip=1.0), 1),
+        adam=(Adam(lr=0.01), 1),
+        evaluation=AttackConfig(eps=0.05, alpha=0.05, steps=1),
+        judgements=(Attacked(("PGD",), images=40), Attacked(("MIM",), images=20)),
+        transfer=TransferConfig(eps=0.05, steps=1, restarts=1, surrogate_steps=1, surrogate_restarts=1, images=40),
+        train_images=64,
+        held_out=16,
+    )
+    monkeypatch.setitem(SCALES, "micro", scale)
+    return "micro"
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the trainings that are started."""
+    started: list[str] = []
+
+    class Noting(cells.Trainer):
+        def fit(self):
+            started.append(self.config.out)
+            return super().fit()
+
+    monkeypatch.setattr(cells, "Trainer", Noting)
+    return started
+
+
+def test_the_tables_hold_the_numbers_of_the_paper() -> None:
+    table1, table4 = EXPERIMENTS["table1"], EXPERIMENTS["table4"]
+    cifar10, cifar100 = ({row.name: row.paper for row in block.rows} for block in table1.blocks)
+    assert dict(cifar10["CEAT(1,5)"]) == {"NAT": 85.74, "PGD20": 59.25, "MIM": 59.97, "CW": 54.58, "AA": 51.75}
+    assert cifar10["EAT"] == {"NAT": 85.51, "PGD20": 56.36, "MIM": 57.40}
+    assert cifar100["FASTEN"]["AA"] == 22.32
+    assert [row.name for row in table1.blocks[0].rows] == [
+        "EAT", "ADP", "GAL", "TRS", "DVERGE", "LAFED", "FASTEN", "CEAT(5,1)", "CEAT(1,5)",
+    ]  # fmt: skip
+    assert [row.paper["PGD20"] for row in table4.blocks[0].rows] == [56.36, 59.74, 60.48, 58.43, 59.25]
+    assert EXPERIMENTS["fig3"].blocks[0].rows[-1].paper["2>1"] == 18
+    assert EXPERIMENTS["table3"].blocks[1].models == ("resnet20",) * 4
+    for experiment in EXPERIMENTS.values():
+        for block in experiment.blocks:
+            assert all(row.paper.keys() <= set(experiment.columns) for row in block.rows)
+            assert {name for pair in experiment.contrasts for name in pair} <= {row.name for row in block.rows}
+
+
+def test_the_experiments_are_the_tables_and_figures_with_results() -> None:
+    assert list(EXPERIMENTS) == ["table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5", "fig6"]
+
+
+def test_table_4_switches_the_parts_of_the_loss() -> None:
+    methods = [row.method for row in EXPERIMENTS["table4"].blocks[0].rows]
+    assert methods[0] == EAT()
+    found = [(m.lam > 0, m.mu > 0, m.mu_exponent != 0) for m in methods[1:]]  # L_nat, L_adv, e^D
+    assert found == [(False, True, False), (False, True, True), (True, True, False), (True, True, True)]
+    assert methods[3].lam_exponent == 0
+
+
+def test_the_paper_scale_is_section_4_1() -> None:
+    paper = SCALES["paper"]
+    resnet20 = ("resnet20",) * 3
+    ceat = paper.train_config(CEAT(lam=1.0, mu=5.0), "cifar10", resnet20, seed=2)
+    assert (type(ceat.optimizer), ceat.optimizer.lr, ceat.optimizer.momentum) == (SGD, 0.01, 0.9)
+    assert (ceat.epochs, ceat.schedule.milestones, ceat.schedule.gamma) == (120, [75, 95], 0.1)
+    assert (ceat.attack.eps, ceat.attack.alpha, ceat.evaluation.steps) == (0.031, 0.007, 20)
+    assert (ceat.data.name, ceat.models, ceat.seed) == ("cifar10", ["resnet20"] * 3, 2)
+    for method in (ADP(), GAL(), TRS()):
+        config = paper.train_config(method, "cifar100", resnet20, seed=0)
+        assert (type(config.optimizer), config.optimizer.lr) == (Adam, 0.001)
+        assert (config.epochs, config.schedule.milestones) == (150, [90, 120])
+    assert paper.scaled(DVERGE()) == DVERGE()
+    assert {name for judgement in paper.judgements for name in judgement.attacks} == {"PGD", "MIM", "CW", "AA"}
+    assert all(judgement.images is None for judgement in paper.judgements)
+
+
+def test_search_radii_keep_their_ratio_to_the_attack() -> None:
+    small = SCALES["small"]
+    assert small.attack.eps == 0.15
+    assert small.scaled(DVERGE()).eps == pytest.approx(0.07 * 0.15 / 0.031)
+    assert small.scaled(FASTEN()).eps == pytest.approx(0.06 * 0.15 / 0.031)
+    assert small.scaled(TRS()).last_delta == pytest.approx(0.03 * 0.15 / 0.031)
+    assert small.scaled(CEAT()) == CEAT()
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+def test_every_training_of_every_scale_has_valid_settings(scale: str) -> None:
+    size = SCALES[scale]
+    for experiment in EXPERIMENTS.values():
+        for block in experiment.blocks:
+            for row in block.rows:
+                config = size.train_config(row.method, block.dataset, block.models, 0, experiment.per_epoch)
+                assert all(0 < milestone <= config.epochs for milestone in config.schedule.milestones)
+        assert all(size.judged_as(column) for column in experiment.columns)
+
+
+def test_mean_deviation_and_interval() -> None:
+    summary = summarise([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (summary.mean, summary.count) == (3.0, 5)
+    assert summary.deviation == pytest.approx(math.sqrt(2.5))
+    assert summary.half_width == pytest.approx(1.9634, abs=1e-3)  # t(4 degrees of freedom, 97.5 %) = 2.776
+    assert summary.is_clear
+    assert not summarise([-1.0, 0.5, 1.0]).is_clear
+    assert not summarise([1.0, 1.0]).is_clear  # two can agree by chance
+    assert summarise([7.0]) == (summary.__class__)(7.0, None, None, 1)
+
+
+def test_an_experiment_trains_each_row_once_and_never_again(micro: str, trainings: list[str], tmp_path: Path) -> None:
+    options = {"out": tmp_path, "seeds": 2, "device": "cpu", "only": ["1: EAT", "5: e^D L_adv, e^D L_nat"]}
+    first = reproduce("table4", micro, **options)
+    assert len(trainings) == len(set(trainings)) == 4
+    assert [row.row.name for row in first.blocks[0].rows] == options["only"]
+    eat = first.blocks[0].rows[0]
+    assert set(eat.numbers["NAT"]) == {0, 1}
+    assert eat.numbers["CW"] == eat.numbers["AA"] == {}
+    trainings.clear()
+    again = reproduce("table4", micro, **options)
+    assert trainings == []
+    assert again.to_dict() | {"blocks": None} == first.to_dict() | {"blocks": None}
+    assert again.blocks[0].rows[0].numbers == eat.numbers
+    # Table 1 has the same two trainings under other names.
+    reproduce("table1", micro, out=tmp_path, seeds=2, device="cpu", only=["EAT", "CEAT(1,5)"])
+    assert trainings == []
+
+
+def test_an_interrupted_experiment_goes_on_where_it_was(
+    micro: str, trainings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, calls = cells.run_cell, []
+
+    def interrupted(cell: cells.Cell) -> cells.Outcome:
+        calls.append(cell.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return judge(cell)
+
+    monkeypatch.setattr(cells, "run_cell", interrupted)
+    options = {"out": tmp_path, "seeds": 2, "device": "cpu", "only": ["EAT"]}
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("table1", micro, **options)
+    assert len(trainings) == 1
+    reproduce("table1", micro, **options)
+    assert len(trainings) == 2
+
+
+def test_table_figure_and_numbers_are_written(micro: str, tmp_path: Path) -> None:
+    result = reproduce("table4", micro, out=tmp_path, seeds=3, device="cpu", only=["1: EAT", "2: L_adv"])
+    block = result.blocks[0]
+    text = (tmp_path / micro / "table4.md").read_text()
+    mean = sum(block.rows[0].numbers["NAT"].values()) / 3
+    assert f"| 1: EAT | ours | {mean:.1f} ± " in text
+    assert "|  | paper | 85.51 | 56.36 | 57.40 |  |  |  |" in text
+    assert f"|  | difference | {mean - 85.51:+.1f} |" in text
+    assert "compare the differences between rows, not the values" in text
+    ours, paper = block.contrast("2: L_adv", "1: EAT", "PGD20")
+    by_seed = [block.rows[1].numbers["PGD20"][s] - block.rows[0].numbers["PGD20"][s] for s in range(3)]
+    assert ours.mean == pytest.approx(sum(by_seed) / 3)
+    assert paper == pytest.approx(59.74 - 56.36)
+    assert "| 2: L_adv - 1: EAT | ours |" in text
+    assert "|  | paper | -2.40 | +3.38 | +2.29 |" in text
+    assert re.search(r"CIFAR-10, NAT: of 1 differences [01] are clearly positive, [01] clearly negative", text)
+    assert (tmp_path / micro / "table4.png").read_bytes().startswith(b"\x89PNG")
+    tree = json.loads((tmp_path / micro / "table4.json").read_text())
+    assert tree["blocks"][0]["rows"][0]["numbers"]["NAT"] == {
+        str(s): v for s, v in block.rows[0].numbers["NAT"].items()
+    }
+    assert tree["environment"]["python"]
+
+
+def test_a_training_that_fails_is_shown_as_failed(micro: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(cells.Trainer):
+        def fit(self):
+            if isinstance(self.config.method, CEAT):
+                raise NonFiniteLossError("loss nan in epoch 1")
+            return super().fit()
+
+    monkeypatch.setattr(cells, "Trainer", Failing)
+    result = reproduce("table4", micro, out=tmp_path, seeds=1, device="cpu", only=["1: EAT", "2: L_adv"])
+    assert result.blocks[0].rows[1].failures == {0: "loss nan in epoch 1"}
+    rows = [row for grid in grids(result) for group in grid.groups for row in group]
+    assert next(row for row in rows if row[0] == "2: L_adv")[2] == "failed"
+    assert "2: L_adv, seed 0: loss nan in epoch 1" in (tmp_path / micro / "table4.md").read_text()
+
+
+def test_members_of_three_depths_and_four_members(micro: str, tmp_path: Path) -> None:
+    result = reproduce("table3", micro, out=tmp_path, seeds=1, device="cpu", only=["CEAT"])
+    assert [len(block.models) for block in result.blocks] == [3, 4]
+    assert len(set(result.blocks[0].models)) == 3
+    assert all(block.rows[0].numbers["NAT"] for block in result.blocks)
+
+
+def test_blocks_that_would_be_the_same_trainings_are_left_out(micro: str, tmp_path: Path) -> None:
+    result = reproduce("table1", micro, out=tmp_path, seeds=1, device="cpu", only=["EAT"])
+    assert [block.block.title for block in result.blocks] == ["CIFAR-10"]  # CIFAR-100 would be the digits again
+
+
+def test_robust_accuracy_after_every_epoch(micro: str, tmp_path: Path) -> None:
+    result = reproduce("fig2", micro, out=tmp_path, seeds=1, device="cpu", only=["EAT", "L_adv, F3"])
+    assert [len(row.curves[0]) for row in result.blocks[0].rows] == [1, 1]
+    assert (tmp_path / micro / "fig2.png").is_file()
+
+
+def test_transfer_between_members(micro: str, trainings: list[str], tmp_path: Path) -> None:
+    options = {"out": tmp_path, "seeds": 1, "device": "cpu", "only": ["CEAT"]}
+    first = reproduce("fig3", micro, **options)
+    assert set(first.blocks[0].rows[0].numbers) == {f"{s}>{t}" for s in "123" for t in "123"}
+    assert all(0 <= rates[0] <= 100 for rates in first.blocks[0].rows[0].numbers.values())
+    again = reproduce("fig3", micro, **options)
+    assert again.blocks[0].rows[0].numbers == first.blocks[0].rows[0].numbers
+    assert len(trainings) == 1
+
+
+def test_black_box_robustness_and_training_time(micro: str, trainings: list[str], tmp_path: Path) -> None:
+    result = reproduce("fig6", micro, out=tmp_path, seeds=1, device="cpu", only=["EAT"])
+    assert len(trainings) == 2  # the surrogate, trained on clean images, and the row
+    row = result.blocks[0].rows[0]
+    assert row.numbers["black box"][0] <= row.numbers["NAT"][0]
+    assert row.seconds.mean > 0
+
+
+def test_the_sensitivity_figures_draw_curves(micro: str, tmp_path: Path) -> None:
+    result = reproduce("fig4", micro, out=tmp_path, seeds=1, device="cpu", only=["lam = 1", "lam = 5"])
+    assert [row.row.method for row in result.blocks[0].rows] == [CEAT(lam=1.0, mu=1.0), CEAT(lam=5.0, mu=1.0)]
+    assert (tmp_path / micro / "fig4.png").is_file()
+
+
+def test_the_command(micro: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--scale", micro, "--out", str(tmp_path), "--seeds", "1", "--device", "cpu", "--only", "EAT"]
+    assert main(["reproduce", "table1", *options]) == 0
+    captured = capsys.readouterr()
+    assert "1/1 CIFAR-10, EAT, seed 0: clean" in captured.err
+    assert "85.51" in captured.out
+    assert all(column in captured.out for column in COLUMNS)
+    assert "table1.md, .png, .json" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["table5"], "unknown experiment 'table5' (did you mean 'table"),
+        (["table1", "--scale", "smal"], "unknown scale 'smal' (did you mean 'small'?)"),
+        (["table1", "--only", "CEAT(1,6)"], "unknown row of table1 'CEAT(1,6)' (did you mean 'CEAT(1,5)'?)"),
+        (["table1", "--seeds", "0"], "seeds must be at least 1"),
+        (["table1", "--jobs", "0"], "jobs must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["reproduce", *options, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_several_jobs_give_the_numbers_of_one(tmp_path: Path) -> None:
+    found = [
+        reproduce("table4", "smoke", out=tmp_path / str(jobs), jobs=jobs, seeds=2, device="cpu", only=["1: EAT"])
+        for jobs in (1, 2)
+    ]
+    assert found[0].blocks[0].rows[0].numbers == found[1].blocks[0].rows[0].numbers
