@@ -30,7 +30,7 @@ from ceat_fast.attacks.ball import per_sample
 from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.geometry import project, random_direction, steepest
 from ceat_fast.attacks.objective import dlr
-from ceat_fast.attacks.outputs import Loss, cross_entropy, gradient, outputs
+from ceat_fast.attacks.outputs import Loss, answers, cross_entropy, gradient
 from ceat_fast.attacks.search_attack import SearchAttack, require_ints
 from ceat_fast.attacks.targets import likely_wrong
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
@@ -135,10 +135,10 @@ class APGDSearch(Search[APGDRows]):
 
     def advance(self, rows: APGDRows, step: Tensor) -> Passes:
         if bool((step == self.steps - 1).all()):
-            self._observe(rows, outputs(self.view, rows.point))
+            self._observe(rows, answers(self.view, rows.point))
             return Passes(1, 0)
-        answers, loss, grad = self._gradient(rows)
-        self._observe(rows, answers)
+        logits, loss, grad = self._gradient(rows)
+        self._observe(rows, logits)
         if bool((step == 0).any()):
             self._count_zero_gradients(grad, step)
         rows.rises = rows.rises + (loss > rows.loss)
@@ -161,14 +161,14 @@ class APGDSearch(Search[APGDRows]):
 
     def _gradient(self, rows: APGDRows) -> tuple[Tensor, Tensor, Tensor]:
         """(outputs and losses of the last of the `eot` evaluations, mean gradient of all)."""
-        answers, loss, total = gradient(self.view, rows.point, self._loss(rows))
+        logits, loss, total = gradient(self.view, rows.point, self._loss(rows))
         for _ in range(self.settings.eot - 1):
-            answers, loss, grad = gradient(self.view, rows.point, self._loss(rows))
+            logits, loss, grad = gradient(self.view, rows.point, self._loss(rows))
             total = total + grad
-        return answers, loss, total / self.settings.eot
+        return logits, loss, total / self.settings.eot
 
-    def _observe(self, rows: APGDRows, answers: Tensor) -> None:
-        margins, claims = self.success(answers, rows.y)
+    def _observe(self, rows: APGDRows, logits: Tensor) -> None:
+        margins, claims = self.success(logits, rows.y)
         rows.observe(rows.point, margins, claims)
 
     def _count_zero_gradients(self, grad: Tensor, step: Tensor) -> None:

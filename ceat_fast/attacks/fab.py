@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ceat_fast.attacks.ball import per_sample
 from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.geometry import DUAL_ORDERS, NORM_ORDERS, length, random_direction
-from ceat_fast.attacks.outputs import gradient, outputs, require_gradient
+from ceat_fast.attacks.outputs import answers, gradient, outputs, require_gradient
 from ceat_fast.attacks.projection import to_hyperplane
 from ceat_fast.attacks.search_attack import SearchAttack, require_ints
 from ceat_fast.attacks.targets import likely_wrong
@@ -101,7 +101,7 @@ class FABSearch(Search[FABRows]):
     def advance(self, rows: FABRows, step: Tensor) -> Passes:
         offset, normal, passes = self._boundary(rows)
         point = self._toward(rows, offset, normal)
-        margins, claims = self.success(outputs(self.view, point), rows.y)
+        margins, claims = self.success(answers(self.view, point), rows.y)
         self._observe(rows, point, margins, claims, step)
         back = rows.x + self.settings.beta * (point - rows.x)
         rows.point = torch.where(per_sample(margins > 0, point.dim() - 1), back, point)
@@ -134,9 +134,9 @@ class FABSearch(Search[FABRows]):
             return
         with torch.enable_grad():
             point = rows.point.detach().requires_grad_()
-            answers = outputs(self.view, point)
-            require_gradient(answers)
-            gaps = [_gap(answers, other, rows.y) for other in others]
+            logits = outputs(self.view, point)
+            require_gradient(logits)
+            gaps = [_gap(logits, other, rows.y) for other in others]
         for gap in gaps:
             # One row's answer does not depend on another's input, so a sum over rows has the rows' gradients.
             (grad,) = torch.autograd.grad(gap, point, torch.ones_like(gap), retain_graph=gap is not gaps[-1])
@@ -166,10 +166,9 @@ class FABSearch(Search[FABRows]):
         rows.claimed = is_last & (rows.score > -torch.inf)
 
 
-def _gap(answers: Tensor, target: Tensor, label: Tensor) -> Tensor:
+def _gap(logits: Tensor, target: Tensor, label: Tensor) -> Tensor:
     """z_target - z_label: (n, K), (n,), (n,) -> (n,)."""
-    target_answers, label_answers = (answers.gather(1, classes[:, None]).squeeze(1) for classes in (target, label))
-    return target_answers - label_answers
+    return (logits.gather(1, target[:, None]) - logits.gather(1, label[:, None])).squeeze(1)
 
 
 _LEAST = torch.finfo(torch.float32).tiny

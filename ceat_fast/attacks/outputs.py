@@ -1,4 +1,8 @@
-"""The outputs of a model at inputs (N, ...), and gradients of losses of them with respect to the inputs."""
+"""The outputs of a model at inputs (N, ...), and gradients of losses of them with respect to the inputs.
+
+On a GPU the batch is padded to one of a few sizes, so that a frozen ensemble can replay its passes as CUDA graphs,
+which are captured for a size, while rows come and go.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,28 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: the model returns no such tensor.
     """
+    if x.is_cuda and (spare := padded_size(len(x)) - len(x)):
+        padded = torch.cat([x, x[-1:].expand(spare, *x.shape[1:])])
+        return _outputs(model, padded)[: len(x)]
+    return _outputs(model, x)
+
+
+def padded_size(count: int) -> int:
+    """The next of 8, 12, 16, 24, 32, 48, ...; 0 for 0."""
+    power = 1 << max(count - 1, 7).bit_length()
+    return 0 if count == 0 else power * 3 // 4 if count <= power * 3 // 4 and power > 8 else power
+
+
+def answers(model: nn.Module, x: Tensor) -> Tensor:
+    """`outputs` without history."""
+    if x.is_cuda and isinstance(model, Ensemble) and model.execution(x.device).graph:
+        with torch.enable_grad():  # graphs are captured for inputs that want a gradient; it costs no backward pass
+            return outputs(model, x.detach().requires_grad_()).detach()
+    with torch.no_grad():
+        return outputs(model, x)
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     if isinstance(model, Ensemble):
         return model.combine(model.member_logits(x, per_member=False))
     result = model(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ceat_fast.attacks.apgd import APGD
 from ceat_fast.attacks.fab import FAB
-from ceat_fast.attacks.outputs import outputs
+from ceat_fast.attacks.outputs import answers
 from ceat_fast.attacks.search_attack import SearchAttack
 from ceat_fast.attacks.square import Square
 
@@ -33,8 +33,7 @@ def reference_attacks(
     """
     if x.dtype != torch.float32:
         raise ValueError(f"backend='reference' needs float32 inputs, got {x.dtype}")
-    with torch.no_grad():
-        classes = outputs(model, x[:1]).shape[1]
+    classes = answers(model, x[:1]).shape[1]
     return {name: _guarded(_make(attack, model, x.device, classes), model) for name, attack in stages.items()}
 
 

@@ -30,6 +30,7 @@ class JudgedAttack(ABC):
         precision: "fp32"; or "mixed": the model is searched in the precision that is fastest on its device, and what
             is found, like the best point of each search that finds nothing, is judged in fp32.
         batch_size: searches at a time; results do not depend on it beyond the rounding of the model's own arithmetic.
+            Default: 250, but 1,024 on a CUDA device.
 
     Raises:
         ValueError, TypeError: an argument outside the range above; names it, its value and what is allowed.
@@ -39,14 +40,16 @@ class JudgedAttack(ABC):
     norm: str = "Linf"
     seed: int = field(default=0, kw_only=True)
     precision: str = field(default="fp32", kw_only=True)
-    batch_size: int = field(default=250, kw_only=True)
+    batch_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, NORM_ORDERS)
         require_choice("precision", self.precision, PRECISIONS)
         if self.norm == "Linf" and self.radius > 1:
             raise ValueError(f"eps must be in [0, 1], got {self.eps!r}")
-        require_ints(self, seed=None, batch_size=1)
+        require_ints(self, seed=None)
+        if self.batch_size is not None:
+            require_ints(self, batch_size=1)
 
     @cached_property
     def radius(self) -> float:

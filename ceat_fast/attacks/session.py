@@ -15,12 +15,13 @@ from ceat_fast.attacks.ball import unit_l2
 from ceat_fast.attacks.geometry import NORM_ORDERS, length
 from ceat_fast.attacks.inputs import require_eval_mode, require_inputs
 from ceat_fast.attacks.objective import margin
-from ceat_fast.attacks.outputs import outputs
+from ceat_fast.attacks.outputs import answers
 from ceat_fast.attacks.result import CLEAN, AttackResult, Observer
 from ceat_fast.attacks.worklist import Ended, Samples, Search, Verdict, WorkList
 from ceat_fast.ensemble.frozen import frozen, resolve_precision
 
 _SLACK = 2.0**-7  # two units in the last place of bfloat16
+_BATCH_SIZES = {"cpu": 250, "cuda": 1024}
 _REPETITIONS, _MOST_DRIFT = 5, 1e-4  # of the check for random answers, as in AutoAttack
 
 
@@ -34,7 +35,7 @@ class Settings(Protocol):
     @property
     def precision(self) -> str: ...
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int | None: ...
 
 
 class Searching(Protocol):
@@ -73,6 +74,7 @@ class Session:
         self._observer = observer
         self._slack = 0.0 if precision == "fp32" else _SLACK
         x, y = samples.x, samples.y
+        self._batch_size = settings.batch_size or _BATCH_SIZES.get(x.device.type, _BATCH_SIZES["cpu"])
         clean = self._clean_outputs(x, y)
         self._samples = samples._replace(clean=clean)
         prediction = clean.argmax(1)
@@ -107,7 +109,7 @@ class Session:
         for name, attack in attacks.items():
             began = time.perf_counter()
             self.result.attacks.append(name)
-            for sample in torch.split((~self.result.fooled).nonzero().squeeze(1), self._settings.batch_size):
+            for sample in torch.split((~self.result.fooled).nonzero().squeeze(1), self._batch_size):
                 labels = self._samples.y[sample]
                 points = attack(self._samples.x[sample], labels)
                 prediction, margins = self._verdict(points, labels)
@@ -119,12 +121,10 @@ class Session:
 
     def check_random(self) -> None:
         """Flag a model whose answers to the first batch differ from one time to the next."""
-        size = self._settings.batch_size
-        first = self._samples.clean[:size]
-        x, y = self._samples.x[:size], self._samples.y[:size]
+        first = self._samples.clean[: self._batch_size]
+        x, y = self._samples.x[: self._batch_size], self._samples.y[: self._batch_size]
         for _ in range(_REPETITIONS - 1):
-            with torch.no_grad():
-                again = outputs(self._judge, x)
+            again = answers(self._judge, x)
             drift = (unit_l2(again, (1,)) - unit_l2(first, (1,))).norm(dim=1)
             if bool((drift > _MOST_DRIFT).any()) or bool(((again.argmax(1) == y) != (first.argmax(1) == y)).any()):
                 self.result.flags.append("the model's answers are random: use version='rand'")
@@ -134,7 +134,7 @@ class Session:
         began, result = time.perf_counter(), self.result
         result.attacks.append(name)
         candidates = (~result.fooled).nonzero().squeeze(1)
-        work = WorkList(search, self._samples, candidates, self._verdict, self._slack > 0, self._settings.batch_size)
+        work = WorkList(search, self._samples, candidates, self._verdict, self._slack > 0, self._batch_size)
         for event in work:
             if isinstance(event, Ended):
                 self._store(event)
@@ -169,13 +169,11 @@ class Session:
             self._observer(attack, samples, self.result)
 
     def _verdict(self, points: Tensor, labels: Tensor) -> Verdict:
-        with torch.no_grad():
-            answers = outputs(self._judge, points)
-        return Verdict(answers.argmax(1), margin(answers, labels))
+        logits = answers(self._judge, points)
+        return Verdict(logits.argmax(1), margin(logits, labels))
 
     def _clean_outputs(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            clean = torch.cat([outputs(self._judge, part) for part in torch.split(x, self._settings.batch_size)])
+        clean = torch.cat([answers(self._judge, part) for part in torch.split(x, self._batch_size)])
         if bool((broken := clean.isnan().any(1)).any()):
             raise ValueError(f"model returned NaN logits on {int(broken.sum())} of {len(x)} samples")
         if len(y) and int(y.max()) >= clean.shape[1]:
@@ -205,7 +203,7 @@ def session(
             yield Session(model, view, Samples(x, y, index, radii, x), settings, precision, observer)
 
 
-def _is_probability(answers: Tensor) -> bool:
+def _is_probability(outputs: Tensor) -> bool:
     close = 1e-5
-    within = (answers >= -close) & (answers <= 1 + close)
-    return len(answers) > 0 and bool(within.all() and ((answers.sum(1) - 1).abs() < close).all())
+    within = (outputs >= -close) & (outputs <= 1 + close)
+    return len(outputs) > 0 and bool(within.all() and ((outputs.sum(1) - 1).abs() < close).all())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ceat_fast.attacks.ball import per_sample, unit_l2
 from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.noise import keyed_uniform
-from ceat_fast.attacks.outputs import outputs
+from ceat_fast.attacks.outputs import answers
 from ceat_fast.attacks.search_attack import SearchAttack, require_ints
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
 
@@ -121,14 +121,14 @@ class SquareSearch(Search[SquareRows]):
         assert self._sides is not None
         proposal = self.propose(rows, self._sides[step].to(rows.key.device), self._noise(rows, step))
         if rows.x.device.type != "cpu":
-            rows.observe(proposal, *self.success(outputs(self.view, proposal), rows.y))
+            rows.observe(proposal, *self.success(answers(self.view, proposal), rows.y))
             return Passes(1, 0)
         # Small squares often repeat what is there. Such a proposal changes nothing, and is no reason to run the model;
         # on a GPU, finding out would cost more.
         is_new = (proposal != rows.best).flatten(1).any(1) | (step == 0)
         score, claims = torch.full_like(rows.score, -torch.inf), torch.zeros_like(rows.claimed)
         if bool(is_new.any()):
-            score[is_new], claims[is_new] = self.success(outputs(self.view, proposal[is_new]), rows.y[is_new])
+            score[is_new], claims[is_new] = self.success(answers(self.view, proposal[is_new]), rows.y[is_new])
         rows.observe(proposal, score, claims)
         return Passes(is_new.long(), 0)
 

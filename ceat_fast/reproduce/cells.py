@@ -98,12 +98,16 @@ def run_cell(cell: Cell) -> Outcome:
     except NonFiniteLossError as error:
         return Outcome({}, 0.0, failure=str(error))
     numbers: dict[str, float] = {}
-    for judgement in cell.judgements:
-        for name, value in judgement.judge(run, cell.config).items():
-            numbers.setdefault(name, value)  # the first judgement of clean images is on the most of them
+    failure = ""
+    try:
+        for judgement in cell.judgements:
+            for name, value in judgement.judge(run, cell.config).items():
+                numbers.setdefault(name, value)  # the first judgement of clean images is on the most of them
+    except ValueError as error:  # a member that is never right has no transfer rate
+        failure = str(error)
     seconds = [record["seconds"] for record in run.metrics]
     curve = [record["val_adv_accuracy"] for record in run.metrics if "val_adv_accuracy" in record]
-    return Outcome(numbers, sum(seconds) / len(seconds), curve)
+    return Outcome(numbers, sum(seconds) / len(seconds), curve, failure)
 
 
 def _is_trained(run: Run, config: TrainConfig) -> bool:

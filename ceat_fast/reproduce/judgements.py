@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ceat_fast.data import load_dataset
 from ceat_fast.evaluation import (
     BlackBoxResult,
     EvaluationResult,
     TransferConfig,
     TransferMatrix,
+    black_box,
     evaluate_run,
     transfer_run,
 )
@@ -82,7 +84,7 @@ class Transferred(Judgement):
             return result.attack == wanted and result.protocol == self.config.protocol
 
         matrix = _stored(run, run.folder / "transfer.json", TransferMatrix.load, fits)
-        matrix = matrix or transfer_run(run, config=self.config)[0]
+        matrix = matrix or transfer_run(run, config=replace(self.config, device=config.device))[0]
         members = range(len(matrix.sources))
         return {f"{s + 1}>{t + 1}": matrix.rates[s, t].item() for s in members for t in members}
 
@@ -115,11 +117,20 @@ class BlackBox(Judgement):
             surrogates = {surrogate for surrogate, _ in result.correct}
             return result.attacks == wanted and surrogates == {str(folder) for folder in self.surrogates}
 
-        result = _stored(run, run.folder / "black_box.json", BlackBoxResult.load, fits)
+        path = run.folder / "black_box.json"
+        result = _stored(run, path, BlackBoxResult.load, fits)
         if result is None:
-            _, result = transfer_run(run, [Run.open(folder) for folder in self.surrogates], self.config)
-        assert result is not None  # there are surrogates
+            result = self._attack(run, config, attacks)
+            result.save(path)
         return {BLACK_BOX: result.accuracies("ensemble")[ALL]}
+
+    def _attack(self, run: Run, config: TrainConfig, attacks: dict[str, Any]) -> BlackBoxResult:
+        dataset = load_dataset(config.data.name, config.data.root)
+        images = dataset.test_images[: self.config.images].float() / dataset.scale
+        labels = dataset.test_labels[: self.config.images]
+        surrogates = {str(path): Run.open(path).load_ensemble(dataset, config.device) for path in self.surrogates}
+        ensemble = run.load_ensemble(dataset, config.device)
+        return black_box(ensemble, surrogates, images, labels, attacks, members=False)
 
 
 def _stored(run: Run, path: Path, load: Callable[[Any], Result], fits: Callable[[Result], bool]) -> Result | None:
