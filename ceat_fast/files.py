@@ -49,7 +49,7 @@ def write_folder(path: PathLike, fill: Callable[[Path], None]) -> None:
 
 
 def remove_folder(path: PathLike) -> None:
-    """Remove a folder; under its name it is whole or gone at any time. `remove_temporaries` finishes what was killed."""
+    """Remove a folder, which is whole or gone at any time; `remove_temporaries` finishes what was killed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     os.replace(path, temporary)
