@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ def measure_memory(setting: Setting) -> dict[str, float]:
     return {name: peak_memory(name, asdict(setting)) for name in ("author", "eager", "ceat_fast")}
 
 
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All parts that were asked for: measures, prints, returns the record."""
+def run(arguments: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
+    """All parts that were asked for: measures and prints; the record so far, after each part."""
     setting = Setting(
         model=arguments.model,
         members=arguments.members,
@@ -140,20 +141,24 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if "pgd" in arguments.parts:
         report["pgd"] = [measure_pgd(s, compiled, rounds) for s in settings]
         console.print(rate_table(f"Attack: {described}", report["pgd"], peaks))
+        yield report
     if "step" in arguments.parts:
         report["step"] = [measure_step(s, compiled, rounds) for s in settings]
         console.print(rate_table(f"CEAT training step: {described}", report["step"], peaks))
+        yield report
     if "memory" in arguments.parts:
         report["memory"] = measure_memory(settings[-1])
         peaks_mb = ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in report["memory"].items())
         console.print(f"Peak memory of a training step: {peaks_mb}", highlight=False)
+        yield report
     if "growth" in arguments.parts:
         report["growth"] = measure_growth(settings[-1], arguments.quick, rounds)
         console.print(growth_table(report["growth"]))
+        yield report
     if "loss" in arguments.parts:
         report["loss"] = measure_loss(setting.device, arguments.quick, max(rounds, 11), dtypes)
         console.print(loss_table(report["loss"], peaks["copy_bytes"]))
-    return report
+        yield report
 
 
 def write(report: dict[str, Any], folder: Path, command: str) -> None:
@@ -193,9 +198,8 @@ def main() -> None:
     arguments = parse()
     console = Console(width=max(110, Console().width))
     start = time.perf_counter()
-    report = run(arguments, console)
-    command = "python bench/throughput.py" + (" --quick" if arguments.quick else "")
-    write(report, arguments.out, command)
+    for report in run(arguments, console):
+        write(report, arguments.out, " ".join(["python bench/throughput.py", *sys.argv[1:]]))
     console.print(f"{time.perf_counter() - start:.0f} s; written: {arguments.out}/throughput.json and figures")
 
 
