@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import peers
 import torch
@@ -85,6 +86,27 @@ def pgd_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[], o
         calls = peer_calls([m.eval().requires_grad_(False) for m in setting.build()], setting, True)
         candidates["compiled"] = lambda: peers.eager_pgd(calls, x, y, setting.steps)
     candidates["ceat_fast"] = lambda: attack.perturb(ensemble, x, y, index)
+    return candidates
+
+
+def ladder_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[], object]]:
+    """The attack with one optimisation after the other: what each is worth."""
+    x, y = setting.data()
+    author, plain = setting.build(), [m.eval().requires_grad_(False) for m in setting.build()]
+    candidates: dict[str, Callable[[], object]] = {
+        "author": lambda: peers.author_pgd(author, x, y, setting.steps),
+        "eval mode, no weight gradients": lambda: peers.eager_pgd(plain, x, y, setting.steps),
+    }
+    on_gpu = setting.device.startswith("cuda")
+    rungs = {"folded BatchNorm, fused step": "loop", "channels_last": "loop+channels_last", "or vmap": "vmap"}
+    if on_gpu:
+        rungs |= {"or streams": "streams", "streams in a graph": "streams+graph", "vmap in a graph": "vmap+graph"}
+    if compiled:
+        rungs["channels_last, compiled"] = "loop+channels_last+compile"
+    attack = PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
+    for name, backend in rungs.items():
+        ensemble = Ensemble(setting.build(), backend)
+        candidates[name] = partial(attack.perturb, ensemble, x, y)
     return candidates
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def main() -> None:
         table.add_row(str(result["seed"]), *shares, *(str(result["differ"][name]) for name in PRECISIONS[1:]))
     Console(width=120).print(table)
     if arguments.json:
-        record = {"command": "python bench/precision.py", "environment": describe_environment(), "results": results}
+        record = {"command": " ".join(["python bench/precision.py", *sys.argv[1:]]), "environment": describe_environment(), "results": results}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

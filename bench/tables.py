@@ -37,6 +37,15 @@ def rate_table(title: str, results: list[dict[str, Any]], peaks: dict[str, float
     return table
 
 
+def ladder_table(seconds: dict[str, dict[str, float]], precision: str) -> Table:
+    table = Table(title=f"PGD-2, one optimisation after the other ({precision})")
+    for heading in ("way", "seconds", "faster than author by"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for name, timing in seconds.items():
+        table.add_row(name, f"{timing['median']:.3g}", f"{seconds['author']['median'] / timing['median']:.2f}x")
+    return table
+
+
 def loss_table(results: list[dict[str, Any]], copy_rate: float) -> Table:
     table = Table(title="CEAT loss, forward and backward")
     for heading in ("(M, B, K)", "type", "microseconds", "eager", "GB/s", "of the copy rate"):

@@ -20,11 +20,11 @@ from typing import Any
 import peers
 import torch
 from ceilings import ceilings
-from contenders import DTYPES, Setting, attack_flops, pgd_candidates, step_candidates
+from contenders import DTYPES, Setting, attack_flops, ladder_candidates, pgd_candidates, step_candidates
 from figures import bar_figure, growth_figure, loss_figure
 from memory import peak_memory
 from rich.console import Console
-from tables import growth_table, loss_table, rate_table
+from tables import growth_table, ladder_table, loss_table, rate_table
 from timing import Timing, compare
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from ceat_fast.ensemble import resolve_precision
 from ceat_fast.environment import describe_environment
 from ceat_fast.loss import ceat_loss
 
-PARTS = ("pgd", "step", "memory", "growth", "loss")
+PARTS = ("pgd", "step", "ladder", "memory", "growth", "loss")
 LOSS_GRID = ((3, 128, 10), (3, 128, 100), (8, 512, 10), (3, 1024, 1000), (3, 4096, 1000))
 
 
@@ -146,6 +146,12 @@ def run(arguments: argparse.Namespace, console: Console) -> Iterator[dict[str, A
         report["step"] = [measure_step(s, compiled, rounds) for s in settings]
         console.print(rate_table(f"CEAT training step: {described}", report["step"], peaks))
         yield report
+    if "ladder" in arguments.parts:
+        shorter = replace(settings[-1], steps=2)
+        timings = compare(ladder_candidates(shorter, compiled), rounds=rounds, device=setting.device)
+        report["ladder"] = {name: timing.as_dict() for name, timing in timings.items()}
+        console.print(ladder_table(report["ladder"], shorter.precision))
+        yield report
     if "memory" in arguments.parts:
         report["memory"] = measure_memory(settings[-1])
         peaks_mb = ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in report["memory"].items())
@@ -178,7 +184,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, without torch.compile: within 90 s")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for JSON and figures")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure; default: all (--quick: no memory)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="what to measure; default: all (--quick: not memory and ladder)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp32, and bf16 if native")
     parser.add_argument("--model", default="resnet20")
@@ -187,7 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="PGD steps, default 10 (--quick: 2)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds of long measurements, default 3 (--quick: 2)")
     arguments = parser.parse_args()
-    arguments.parts = arguments.parts or [p for p in PARTS if not (arguments.quick and p == "memory")]
+    arguments.parts = arguments.parts or [p for p in PARTS if not (arguments.quick and p in ("memory", "ladder"))]
     arguments.batch = arguments.batch or (32 if arguments.quick else 128)
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
     arguments.steps = arguments.steps or (2 if arguments.quick else 10)

@@ -24,16 +24,22 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: the model returns no such tensor.
     """
-    if x.is_cuda and (spare := padded_size(len(x)) - len(x)):
-        padded = torch.cat([x, x[-1:].expand(spare, *x.shape[1:])])
-        return _outputs(model, padded)[: len(x)]
-    return _outputs(model, x)
+    return padded_outputs(model, x) if x.is_cuda else _outputs(model, x)
+
+
+def padded_outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """`outputs` by way of a batch of `padded_size`."""
+    spare = x[-1:].expand(padded_size(len(x)) - len(x), *x.shape[1:])
+    return _outputs(model, torch.cat([x, spare]))[: len(x)]
 
 
 def padded_size(count: int) -> int:
     """The next of 8, 12, 16, 24, 32, 48, ...; 0 for 0."""
-    power = 1 << max(count - 1, 7).bit_length()
-    return 0 if count == 0 else power * 3 // 4 if count <= power * 3 // 4 and power > 8 else power
+    power = 8
+    while power < count:
+        power *= 2
+    smaller = power // 4 * 3
+    return 0 if count == 0 else smaller if 8 < count <= smaller else power
 
 
 def answers(model: nn.Module, x: Tensor) -> Tensor:
