@@ -78,7 +78,7 @@ piece_suites() {
   "$python" -m pytest -q bench/suites --benchmark-json "$out/suites.json" "${short[@]}"
 }
 
-piece_autoattack() { "$python" bench/autoattack.py --quick --out "$out/autoattack"; }
+piece_autoattack() { "$python" bench/autoattack.py --quick --json "$out/autoattack.json"; }
 
 failed=0
 for piece in "${pieces[@]}"; do
