@@ -46,7 +46,11 @@ def main() -> None:
         table.add_row(str(result["seed"]), *shares, *(str(result["differ"][name]) for name in PRECISIONS[1:]))
     Console(width=120).print(table)
     if arguments.json:
-        record = {"command": " ".join(["python bench/precision.py", *sys.argv[1:]]), "environment": describe_environment(), "results": results}
+        record = {
+            "command": " ".join(["python bench/precision.py", *sys.argv[1:]]),
+            "environment": describe_environment(),
+            "results": results,
+        }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

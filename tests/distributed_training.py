@@ -108,12 +108,12 @@ class CountMessages(Callback):
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "data": {},
-    "data_vmap": {"models": ["distributed_training:small"] * 3, "backend": "vmap"},
-    "data_local_statistics": {"parallel": ParallelConfig(sync_batchnorm=False)},
+    "data_vmap": {"models": ["distributed_training:small"] * 3, "backend": "vmap", "epochs": 5},
+    "data_local_statistics": {"parallel": ParallelConfig(sync_batchnorm=False), "epochs": 2},
     "members": {"parallel": ParallelConfig(members=2)},
-    "members_eat": {"parallel": ParallelConfig(members=2), "method": EAT()},
+    "members_eat": {"parallel": ParallelConfig(members=2), "method": EAT(), "epochs": 5},
     "members_filtered": {"parallel": ParallelConfig(members=2), "method": CEAT(samples="consistent", impl="torch")},
-    "members_bf16": {"parallel": ParallelConfig(members=2), "precision": "bf16"},
+    "members_bf16": {"parallel": ParallelConfig(members=2), "precision": "bf16", "epochs": 5},
     "own_data": {"epochs": 3},
     "own_members": {"epochs": 3, "parallel": ParallelConfig(members=2)},
     "own_members_logit": {"epochs": 3, "parallel": ParallelConfig(members=2)},

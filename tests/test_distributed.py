@@ -92,11 +92,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Two processes split 45 images into 23 and 22, and 3 members into 2 and 1.
 @pytest.mark.parametrize("name", ["data", "data_vmap", "members", "members_eat", "members_filtered", "members_bf16"])
 def test_two_processes_train_like_one(name: str, two: Path, tmp_path: Path) -> None:
-    """Every logged number (losses by member and part, weights, disparities, accuracies) over 20 steps of fp32, and the
-    averaged weights."""
+    """Every logged number (losses by member and part, weights, disparities, accuracies) and the averaged weights, over
+    20 steps of fp32 for "data" and "members", over 5 for the variants."""
     run = Run.open(two / name)
-    assert len(run.metrics) == STEPS
-    assert run.metrics[-1]["loss"] < 0.97 * run.metrics[0]["loss"]
+    assert len(run.metrics) == SCENARIOS[name].get("epochs", STEPS)
+    assert run.metrics[-1]["loss"] < (0.97 if len(run.metrics) == STEPS else 1.0) * run.metrics[0]["loss"]
     assert largest_difference(alone(name, tmp_path), run) < 1e-5
 
 

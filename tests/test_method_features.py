@@ -11,8 +11,9 @@ from method_models import CLASSES, Small, fixed_ensemble, numbered, probabilitie
 from torch import Tensor, nn
 
 from ceat_fast.ensemble import Ensemble, frozen
+from ceat_fast.ensemble.execution import Execution
 from ceat_fast.methods import DVERGE, FASTEN, LAFED, Batch, CalibratedDistance, Epoch, fasten
-from ceat_fast.methods.features import feature_layers, features, layers_at, replaced_output
+from ceat_fast.methods.features import MemberFeatures, feature_layers, features, layers_at, replaced_output
 from ceat_fast.methods.lafed import mixed_logits, smoothed_targets
 from ceat_fast.methods.vulnerable import FeatureMethod, distill, search_features
 from ceat_fast.models import resnet20, resnet26, resnet32
@@ -79,6 +80,46 @@ def test_features_of_the_frozen_view_are_those_of_the_members_in_eval_mode() -> 
     ensemble.eval()
     for member, value in zip(ensemble.members, seen, strict=True):
         torch.testing.assert_close(value, features(member, "body.4", batch.images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("depths", [(2, 2, 2), (2, 3, 2)], ids=["alike", "mixed"])
+def test_batched_features_are_those_of_each_member(depths: tuple[int, ...]) -> None:
+    ensemble, batch = small_ensemble(depths, backend="vmap")
+    layers = layers_at(list(ensemble.members), 0.4)
+    x = torch.rand(len(depths), *batch.images.shape)
+    with frozen(ensemble) as view:
+        pointers = [tensor.data_ptr() for tensor in view.parameters()]
+        for chosen in (None, [2, 0]):
+            found = MemberFeatures(view, layers, chosen)(x if chosen is None else x[chosen])
+            for number, value in zip(chosen or range(3), found, strict=True):
+                torch.testing.assert_close(value, features(view.members[number], layers[number], x[number]))
+        assert [tensor.data_ptr() for tensor in view.parameters()] == pointers
+
+
+class Undecided(nn.Module):
+    """A forward that vmap cannot run: it looks at the values."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.fc.weight.data.fill_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1) if x.sum().item() > 0 else -x.flatten(1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "vmap"])
+def test_members_that_vmap_cannot_run_are_looped_over_unless_it_was_asked_for(backend: str) -> None:
+    ensemble = Ensemble([Undecided(1.0), Undecided(2.0)], backend=backend)
+    ensemble.tuned = Execution("vmap")
+    run = MemberFeatures(ensemble, ["fc", "fc"])
+    x = torch.ones(2, 3, 1, 2, 2)
+    if backend == "vmap":
+        with pytest.raises(RuntimeError, match="vmap"):
+            run(x)
+    else:
+        for value, member in zip(run(x), ensemble.members, strict=True):
+            torch.testing.assert_close(value, member(x[0]))
 
 
 def test_replaced_output_lasts_as_long_as_the_block() -> None:
@@ -312,7 +353,7 @@ def recycling(monkeypatch: pytest.MonkeyPatch, found: list[float]) -> tuple[FAST
     def search(
         ensemble: Ensemble, layers: list[str], start: Tensor, center: Tensor, *_: Tensor, **__: object
     ) -> Tensor:
-        return (center + next(steps))[None]
+        return torch.stack([center + next(steps), center + next(steps)])
 
     monkeypatch.setattr(fasten, "search_features", search)
     ensemble, batch = small_ensemble((2, 2))
@@ -355,9 +396,8 @@ def test_every_member_of_fasten_gets_an_input_of_another_one(monkeypatch: pytest
     searched: list[int] = []
 
     def search(ensemble: Ensemble, layers: list[str], start: Tensor, center: Tensor, *_: Tensor, **settings) -> Tensor:
-        (member,) = settings["members"]
-        searched.append(member)
-        return (center + 0.01 * (member + 1))[None]
+        searched.extend(settings["members"])
+        return torch.stack([center + 0.01 * (member + 1) for member in settings["members"]])
 
     monkeypatch.setattr(fasten, "search_features", search)
     ensemble, batch = small_ensemble((2,) * 5)

@@ -73,7 +73,9 @@ class FASTEN(FeatureMethod):
         members = len(ensemble.members)
         draws = random.Random(int(torch.randint(2**62, ()).item()))
         pair = draws.sample(range(members), 2)
-        starred = {j: self._recycled(ensemble, j, batch, draws.random()) for j in pair}
+        new = self._search(ensemble, pair, batch)
+        # One after the other: the second continues from what the first stored.
+        starred = {j: self._recycled(batch, step, draws.random()) for j, step in zip(pair, new, strict=True)}
         sources = [pair[1 - pair.index(i)] if i in pair else draws.choice(pair) for i in range(members)]
         stars = torch.stack([starred[j] for j in sources])
         return torch.stack([super().perturb(attack, ensemble, batch), stars])
@@ -102,14 +104,18 @@ class FASTEN(FeatureMethod):
         gaps = torch.stack([divergence(peers.roll(-k, 0), log_mean) for k in range(1, members)])
         return gaps.sum(0) / (members - 1)
 
-    def _recycled(self, ensemble: Ensemble, member: int, batch: Batch, share: float) -> Tensor:
-        """x* of one member, mixed with what is stored for these images; stores it: (B, ...)."""
+    def _search(self, ensemble: Ensemble, members: list[int], batch: Batch) -> Tensor:
+        """New perturbations, one for each of these members, (J, B, ...)."""
         x, eps = batch.images, self.eps
-        noise = keyed_uniform(batch.indices, x.shape[1:], (self.epoch.seed, member), x.dtype)
-        start = (x + (2 * noise - 1) * eps).clamp(0, 1)
+        noise = [keyed_uniform(batch.indices, x.shape[1:], (self.epoch.seed, j), x.dtype) for j in members]
+        start = (x + (2 * torch.stack(noise) - 1) * eps).clamp(0, 1)
         layers = self.draw_layers(ensemble)
-        found = search_features(ensemble, layers, start, x, x, eps=eps, alpha=eps, steps=1, away=True, members=[member])
-        new = found[0] - x
+        found = search_features(ensemble, layers, start, x, x, eps=eps, alpha=eps, steps=1, away=True, members=members)
+        return found - x
+
+    def _recycled(self, batch: Batch, new: Tensor, share: float) -> Tensor:
+        """x*: the new perturbation mixed with what is stored for these images, and stored, (B, ...)."""
+        x, eps = batch.images, self.eps
         if self._stored is None:
             self._stored = torch.zeros(self.epoch.samples, *x.shape[1:], dtype=torch.int8, device=x.device)
         if self.epoch.number > 0:

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ceat_fast.choices import unknown_name
+from ceat_fast.ensemble import Ensemble
+from ceat_fast.ensemble.architecture import group_members
+from ceat_fast.ensemble.execution import AUTO
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -89,6 +93,75 @@ def features(model: nn.Module, layer: str, x: Tensor) -> Tensor:
         except _Reached as reached:
             return reached.features
     raise ValueError(f"the forward pass of {type(model).__name__} does not run its layer {layer!r}")
+
+
+class MemberFeatures:
+    """Features of several members of an ensemble, each at its own layer.
+
+    Members of one architecture with the same layer run as one where the ensemble runs its members by vmap. For that
+    their tensors are copied once; the ensemble's own stay where they are, since CUDA graphs may hold their addresses.
+
+    Args:
+        ensemble: whose members; frozen, so that their tensors stay the same while this is used.
+        layers: one layer per member of the ensemble.
+        members: the members to run; all by default.
+    """
+
+    def __init__(self, ensemble: Ensemble, layers: Sequence[str], members: Sequence[int] | None = None) -> None:
+        chosen = range(len(ensemble.members)) if members is None else members
+        self._ensemble = ensemble
+        self._parts = [_UpTo(ensemble.members[m], layers[m]) for m in chosen]
+        self._stacks: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._refused = False  # vmap cannot run these members
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """One input batch for each of the J members, (J, B, ...) -> J tensors (B, ...)."""
+        execution = self._ensemble.execution(x.device)
+        if execution.members == "vmap" and not self._refused:
+            try:
+                return self._grouped(x)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                if self._ensemble.backend != AUTO:
+                    raise
+                self._refused = True
+        return [part(execution.arrange(row)) for part, row in zip(self._parts, x.unbind(), strict=True)]
+
+    def _grouped(self, x: Tensor) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for group in group_members(self._parts):
+            outputs = self._batched(group, x) if len(group) > 1 else [self._parts[group[0]](x[group[0]])]
+            found.update(zip(group, outputs, strict=True))
+        return [found[number] for number in range(len(self._parts))]
+
+    def _batched(self, group: Sequence[int], x: Tensor) -> Sequence[Tensor]:
+        parts, key = [self._parts[number] for number in group], tuple(group)
+        if key not in self._stacks:
+            parameters, buffers = torch.func.stack_module_state(parts)
+            self._stacks[key] = {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+
+        def run(tensors: dict[str, Tensor], row: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(parts[0], tensors, (row,))
+            return output
+
+        batched: Tensor = torch.vmap(run, randomness="different")(self._stacks[key], x[list(group)])
+        return batched.unbind()
+
+
+class _UpTo(nn.Module):
+    """A model that ends at a layer."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return features(self.model, self.layer, x)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble import Ensemble, frozen
 from ceat_fast.methods.base import Epoch, Method
-from ceat_fast.methods.features import features, layers_at
+from ceat_fast.methods.features import MemberFeatures, layers_at
 from ceat_fast.ops import dispatch
 
 REDRAWS = ("epoch", "step")
@@ -89,7 +89,7 @@ def search_features(
     Args:
         ensemble: in any mode; modes, gradients and running statistics stay as they are.
         layers: a layer of every member of the ensemble.
-        start: (B, ...) where all searches begin.
+        start: (B, ...) where all searches begin, or (J, B, ...) where each does.
         center: (B, ...) centre of the ball.
         reference: (B, ...) inputs whose features are the aim.
         eps, alpha, steps: radius, step size, number of steps.
@@ -99,20 +99,16 @@ def search_features(
     Returns:
         (J, B, ...), one for each of the J members; without gradient.
     """
-    chosen = range(len(ensemble.members)) if members is None else members
-    direction = 1.0 if away else -1.0
     with torch.inference_mode(False), torch.enable_grad(), frozen(ensemble) as view:
-        members_seen = cast(Ensemble, view).members
-        searched = [(members_seen[m], layers[m]) for m in chosen]
+        outputs = MemberFeatures(cast(Ensemble, view), layers, members)
+        shape = (len(outputs), *center.shape)
         with torch.no_grad():
-            aims = [features(member, layer, reference) for member, layer in searched]
-        shape = (len(searched), *center.shape)
+            aims = outputs(reference.expand(shape))
         x, centers = start.detach().expand(shape).contiguous(), center.detach().expand(shape).contiguous()
-        momentum = torch.zeros_like(x)
+        momentum, direction = torch.zeros_like(x), 1.0 if away else -1.0
         for _ in range(steps):
             x.requires_grad_()
-            outputs = [features(member, layer, row) for (member, layer), row in zip(searched, x.unbind(), strict=True)]
-            distances = [(output - aim).square().mean() for output, aim in zip(outputs, aims, strict=True)]
+            distances = [(output - aim).square().mean() for output, aim in zip(outputs(x), aims, strict=True)]
             (gradient,) = torch.autograd.grad(torch.stack(distances).sum(), x)
             norm = gradient.flatten(2).abs().sum(2).clamp_min(torch.finfo(gradient.dtype).tiny)
             momentum = momentum + gradient / norm.view(*norm.shape, *[1] * (x.dim() - 2))

@@ -33,7 +33,7 @@ def _points(result: Reproduction) -> Picture:
             _panel(axis, block, column)
         row[0].set_yticks(range(len(block.rows)), [r.row.name for r in block.rows], fontsize=8)
         row[0].invert_yaxis()
-        row[0].set_ylabel(block.block.title, fontsize=8)
+        row[0].set_ylabel(block.title, fontsize=8)
     handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -63,7 +63,8 @@ class Attacked(Judgement):
 
         result = _stored(run, folder / "evaluation.json", EvaluationResult.load, fits)
         result = result or evaluate_run(run, settings, attack=config.evaluation, out=folder)
-        return {name: result.score(result.main_subject, name).accuracy for name in result.attacks}
+        scores = {name: result.score(result.main_subject, name).correct for name in result.attacks}
+        return {name: correct.double().mean().item() for name, correct in scores.items()}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from ceat_fast.models.resnet import DIGITS_STATISTICS, ResNet
 
 
-def digits_resnet_4(num_classes: int, in_channels: int) -> ResNet:
-    """One block more than `digits_resnet`."""
+def digits_resnet_6(num_classes: int, in_channels: int) -> ResNet:
+    """Depth 6: one block more than `digits_resnet`, which has depth 4 as ResNet-20 has 20."""
     return _digits((1, 1), num_classes, in_channels)
 
 
-def digits_resnet_5(num_classes: int, in_channels: int) -> ResNet:
-    """Two blocks more."""
+def digits_resnet_8(num_classes: int, in_channels: int) -> ResNet:
+    """Depth 8."""
     return _digits((1, 2), num_classes, in_channels)
 
 

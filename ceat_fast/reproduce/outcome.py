@@ -37,6 +37,12 @@ class BlockResult:
     models: list[str]
     rows: list[RowResult]
 
+    @property
+    def title(self) -> str:
+        """The paper's, with our data set if it is another one."""
+        same = self.dataset == self.block.dataset
+        return self.block.title if same else f"{self.block.title} ({self.dataset})"
+
     def contrast(self, first: str, second: str, column: str) -> tuple[Summary | None, float | None]:
         """First minus second row, paired by seed, in points; and the paper's difference."""
         a, b = (next((r for r in self.rows if r.row.name == name), None) for name in (first, second))

@@ -120,7 +120,7 @@ class _Session:
         if self.experiment.measure == "black box":
             surrogate = self._cell("surrogate", Standard(), block, _SURROGATE_SEED, ())
             run_cells([surrogate], 1, self.console)
-            return (Attacked(()), BlackBox((surrogate.folder,), self.scale.transfer))
+            return (Attacked((), self.scale.transfer.images), BlackBox((surrogate.folder,), self.scale.transfer))
         return self.scale.judgements
 
     def _cell(self, name: str, method: Method, block: Block, seed: int, judgements: tuple[Judgement, ...]) -> Cell:

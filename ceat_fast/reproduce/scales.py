@@ -112,8 +112,8 @@ class Scale:
 
 _DIGITS_MODELS = {
     "resnet20": "digits_resnet",
-    "resnet26": "ceat_fast.reproduce.models:digits_resnet_4",
-    "resnet32": "ceat_fast.reproduce.models:digits_resnet_5",
+    "resnet26": "ceat_fast.reproduce.models:digits_resnet_6",
+    "resnet32": "ceat_fast.reproduce.models:digits_resnet_8",
 }
 _DIGITS = {"cifar10": "digits", "cifar100": "digits"}
 _DIGITS_ATTACK = AttackConfig(eps=0.15, alpha=0.06, steps=5)

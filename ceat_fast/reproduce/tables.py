@@ -62,7 +62,7 @@ def accuracy_grid(result: Reproduction, block: BlockResult) -> Grid:
             group.append(["", "paper", *("" if value is None else f"{value:.2f}" for value in paper), ""])
             group.append(["", "difference", *(_difference(row, column) for column in columns), ""])
         groups.append(group)
-    title = f"{result.experiment.title}: {block.block.title}. {_what(result, block)}"
+    title = f"{result.experiment.title}: {block.title}. {_what(result, block)}"
     return Grid(title, ("method", "", *columns, "s/epoch"), groups)
 
 
@@ -77,7 +77,7 @@ def contrast_grid(result: Reproduction, block: BlockResult) -> Grid:
         if any(paper is not None for _, paper in found):
             group.append(["", "paper", *("" if paper is None else f"{paper:+.2f}" for _, paper in found)])
         groups.append(group)
-    title = f"Differences in points, {block.block.title}: mean over the seeds and 95 % interval; * leaves out 0"
+    title = f"Differences in points, {block.title}: mean over the seeds and 95 % interval; * leaves out 0"
     return Grid(title, ("difference", "", *columns), groups)
 
 
@@ -92,7 +92,7 @@ def verdicts(result: Reproduction) -> list[str]:
                 up = sum(ours.is_clear and ours.mean > 0 for ours in known)
                 down = sum(ours.is_clear and ours.mean < 0 for ours in known)
                 sentences.append(
-                    f"{block.block.title}, {column}: of {len(known)} differences {up} are clearly positive, "
+                    f"{block.title}, {column}: of {len(known)} differences {up} are clearly positive, "
                     f"{down} clearly negative, {len(known) - up - down} neither."
                 )
     return sentences
@@ -122,7 +122,7 @@ def _what(result: Reproduction, block: BlockResult) -> str:
     if result.experiment.measure == "attacks":
         parts += [f"{', '.join(j.attacks)} on the first {j.images} test images" for j in limited]
     if block.dataset != block.block.dataset:
-        parts.append(f"the paper's are {block.block.title}: compare the differences between rows, not the values")
+        parts.append(f"the paper's are of {block.block.dataset}: compare the differences between rows, not the values")
     return "; ".join(parts)
 
 
