@@ -27,6 +27,7 @@ Stored perturbations are 8-bit integers, eps/127 apart, and belong to the image 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class FASTEN(FeatureMethod):
         star_logits = ensemble.member_logits(stars, per_member=True)
         adv_ce, star_ce = (cross_entropy(logits, batch.labels) for logits in (adv_logits, star_logits))
         log_probs = torch.stack([widened(z).log_softmax(-1) for z in (nat_logits.detach(), star_logits, adv_logits)])
-        mean = log_probs.logsumexp(0) - torch.tensor(3.0).log().item()
+        mean = log_probs.logsumexp(0) - math.log(3)
         agreement = divergence(mean, log_probs).mean(0)
         disagreement = self._disagreement(mean)
         own = star_ce + self.adversarial * adv_ce + self.consistency * agreement
