@@ -65,10 +65,10 @@ def peer_calls(members: list[nn.Module], setting: Setting, compiled: bool) -> li
 
 
 def our_ensemble(setting: Setting, compiled: bool) -> tuple[Ensemble, PGD]:
-    """Our ensemble in the execution that is the fastest here for a long job, and the attack."""
+    """Our ensemble in the executions that are the fastest here for a long job, and the attack."""
     ensemble = Ensemble(setting.build())
-    passes = 1_000_000 if compiled else 0
-    tune(ensemble, setting.data()[0], precision=setting.precision, passes=passes, remember=False)
+    count = 1_000_000 if compiled else 0
+    tune(ensemble, setting.data()[0], precision=setting.precision, passes=count, updates=count, remember=False)
     return ensemble, PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
 
 

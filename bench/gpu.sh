@@ -49,7 +49,7 @@ piece_build() {
   [ -z "${WHEELS:-}" ] || offline=(--no-index --find-links "$WHEELS")
   "$python" -m pip install --quiet "${offline[@]}" setuptools cmake ninja pybind11 pytest pytest-benchmark hypothesis mpmath || return
   "$python" -m pip install --quiet "${offline[@]}" --no-build-isolation --editable '.[test,bench]' || return
-  "$python" -m ceat_fast.cli info
+  "$python" -m ceat_fast info
   $dry_run || has_gpu || { echo "no GPU: use --dry-run"; return 1; }
 }
 

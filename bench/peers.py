@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ceat_fast.methods.features import features
+
 EPS, ALPHA = 0.031, 0.007
 LAM, MU = 1.0, 5.0
+DISTILL_EPS, DISTILL_ALPHA, DISTILL_STEPS = 0.07, 0.007, 10
 
 Members = Sequence[nn.Module]
 
@@ -90,6 +93,46 @@ def author_step(
         optimizer.zero_grad()
     author_loss(adv, nat, y).backward()
     for optimizer in optimizers:
+        optimizer.step()
+
+
+def author_distill(member: nn.Module, layer: str, x: Tensor, target: Tensor) -> Tensor:
+    """DVERGE's search by features as its authors describe it: those of the target are computed at every step."""
+    x_adv, momentum = x.clone(), torch.zeros_like(x)
+    for _ in range(DISTILL_STEPS):
+        x_adv = x_adv.detach().requires_grad_()
+        loss = F.mse_loss(features(member, layer, x_adv), features(member, layer, target))
+        member.zero_grad()
+        loss.backward()
+        norm = x_adv.grad.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-30)
+        momentum = momentum + x_adv.grad / norm
+        x_adv = x_adv.detach() - DISTILL_ALPHA * momentum.sign()
+        x_adv = torch.max(torch.min(x_adv, x + DISTILL_EPS), x - DISTILL_EPS).clamp(0, 1)
+    return x_adv.detach()
+
+
+def author_dverge_step(
+    members: Members,
+    optimizers: Sequence[torch.optim.Optimizer],
+    layers: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+) -> None:
+    """DVERGE with adversarial training in the author's style: everything one member at a time, in train mode.
+
+    layers: one layer of every member.
+    """
+    target = x.roll(1, 0)
+    distilled = [author_distill(member, layer, x, target) for member, layer in zip(members, layers, strict=True)]
+    adversarial = [author_pgd([member], x, y, steps) for member in members]
+    for i, (member, optimizer) in enumerate(zip(members, optimizers, strict=True)):
+        loss = F.cross_entropy(member(adversarial[i]), y)
+        for j, other in enumerate(distilled):
+            if j != i:
+                loss = loss + F.cross_entropy(member(other), y)
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -13,8 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
-from ceat_fast.methods import METHODS
-from ceat_fast.training.config import AttackConfig, build_config, config_parser, setting_names
+from ceat_fast.training.config import AttackConfig, build_config, config_parser, setting_kinds, setting_names
+from ceat_fast.training.refusals import readable
 
 DEBUG_VARIABLE = "CEAT_FAST_DEBUG"
 USER_ERRORS = (ArgumentError, ValueError, OSError, ImportError)
@@ -38,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingStoppedError as error:
         return _fail(str(error), 1)
     except USER_ERRORS as error:
-        return _fail(_readable(error, commands), 2)
+        return _fail(_readable(error, argv[0] if argv else "", commands), 2)
     return 0
 
 
@@ -155,17 +153,26 @@ def _reproduce_parser() -> ArgumentParser:
 
 
 def _train(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
+    from ceat_fast.reports import write_training_figures
     from ceat_fast.training.distributed import process_group
     from ceat_fast.training.trainer import Trainer
+    from ceat_fast.training.watch import TrainingStoppedError
 
     arguments.pop("config")
     config = build_config(arguments)
     with process_group(config.device):
         trainer = Trainer(config)
-        last = trainer.fit()[-1]
+        try:
+            last = trainer.fit()[-1]
+        except TrainingStoppedError:
+            if trainer.layout.is_main:
+                write_training_figures(trainer.run)
+            raise
         if trainer.layout.is_main:
+            figures = write_training_figures(trainer.run)
             Console().print(
                 f"{trainer.run.folder}: {last['epoch']} epochs, loss {last['loss']:.3f}\n"
+                f"figures: {figures[0].parent}\n"
                 f"next: ceat-fast evaluate {trainer.run.folder}",
                 highlight=False,
                 soft_wrap=True,
@@ -236,14 +243,14 @@ def _export(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> No
 
 def _reproduce(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
     from ceat_fast.reproduce import reproduce
-    from ceat_fast.reproduce.tables import failures, grids, verdicts
+    from ceat_fast.reproduce.tables import grids, sentences
 
     options = {name: value for name, value in vars(arguments).items() if name != "experiment"}
     result = reproduce(arguments.experiment, **options, console=Console(stderr=True))
     for grid in grids(result):
         grid.print()
     console = Console()
-    for sentence in (*verdicts(result), *failures(result)):
+    for sentence in sentences(result):
         console.print(sentence, highlight=False, soft_wrap=True)
     where = f"{arguments.out}/{arguments.scale}/{arguments.experiment}"
     console.print(f"written: {where}.md, .png, .json", highlight=False, soft_wrap=True)
@@ -280,26 +287,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _readable(error: BaseException, commands: dict[str, ArgumentParser]) -> str:
-    """The message on one line, with the nearest valid name for a word in it that nearly is one."""
-    message = " ".join(str(error).split())
-    if not isinstance(error, ArgumentError) and "config file" not in message:
-        return message
-    names = {action.dest for command in commands.values() for action in command._actions} | set(METHODS)
-    names |= set(commands)
-    names |= setting_names()
-    if 'key "method"' in message:
-        message += f" (methods: {', '.join(METHODS)}, or the import path of your own)"
-    return message + _did_you_mean(message, names)
-
-
-def _did_you_mean(message: str, names: set[str]) -> str:
-    folded = {name.lower(): name for name in sorted(names)}
-    words = re.findall(r"[A-Za-z_][\w.]*", message.replace("Does not validate against any of the Union subtypes", ""))
-    for key, option in re.findall(r"""key "([\w.]+)".*Option '([\w.]+)'""", message):
-        words.insert(0, f"{key}.{option}")
-    for word in words:
-        nearest = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.75)
-        if word not in names and nearest:
-            return f"; did you mean {folded[nearest[0]]!r}?"
-    return ""
+def _readable(error: BaseException, command: str, commands: dict[str, ArgumentParser]) -> str:
+    """The message on one line, with the nearest valid name for one that is not."""
+    if not isinstance(error, ArgumentError):
+        return " ".join(str(error).split())
+    if command == "train":
+        return readable(str(error), setting_names(), setting_kinds())
+    names = {action.dest for action in commands[command]._actions} if command in commands else set(commands)
+    return readable(str(error), names, {})

@@ -19,8 +19,7 @@ def import_function(what: str, name: str) -> Callable[..., Any]:
         name: "package.module:function".
 
     Raises:
-        ValueError: there is no such module or name in it.
-        TypeError: it cannot be called.
+        ValueError: there is no such module or name in it, or it cannot be called.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -34,5 +33,5 @@ def import_function(what: str, name: str) -> Callable[..., Any]:
     except AttributeError as error:
         raise ValueError(f"{what} {name!r}: module {module_name!r} has no {attribute!r}") from error
     if not callable(function):
-        raise TypeError(f"{what} {name!r}: {attribute!r} is not callable")
+        raise ValueError(f"{what} {name!r}: {attribute!r} is not callable")
     return function

@@ -406,3 +406,23 @@ def test_parity_with_pyautoattack_on_the_full_budget(trained_eps):
     ours, theirs = (AutoAttack(eps, backend=backend).run(ens, x, y) for backend in ("native", "reference"))
     assert (ours.fooled == theirs.fooled).double().mean() >= 0.99
     assert abs(ours.robust_accuracy - theirs.robust_accuracy) <= 0.01
+
+
+@pytest.mark.parametrize("attack", [APGD(0.1), FAB(0.1), Square(0.1), AutoAttack(0.1, **SHORT)])
+def test_no_samples(attack):
+    model = small_net()
+    x, y = correct_batch(model, 2)
+    result = attack.run(model, x[:0], y[:0])
+    assert result.x_adv.shape == (0, 1, 6, 6)
+    assert result.fooled.tolist() == []
+
+
+def test_inference_mode_and_no_grad_change_nothing():
+    model = small_net()
+    x, y = correct_batch(model, 3)
+    attack = AutoAttack(0.02, **SHORT)
+    outside = attack(model, x, y)
+    with torch.inference_mode():
+        assert torch.equal(attack(model, x.clone(), y.clone()), outside)
+    with torch.no_grad():
+        assert torch.equal(attack(model, x, y), outside)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ceat_fast import Ensemble
-from ceat_fast.ensemble import Execution, frozen, tune, tuning
+from ceat_fast.ensemble import Execution, Tuned, frozen, tune, tuning
 from ceat_fast.ensemble.execution import default_execution
 from ceat_fast.models import digits_resnet
 
@@ -99,18 +99,30 @@ def test_executions_agree_on_a_gpu(backend):
         torch.testing.assert_close(view(x), expected.eval()(x), rtol=1e-9, atol=1e-9)
 
 
+def measured_as(seconds):
+    """A race with this outcome for each kind of work."""
+    return lambda kind, *_: (seconds[kind], {})
+
+
 def test_the_fastest_is_chosen_remembered_and_used(monkeypatch):
-    seconds = {"loop": 3.0, "loop+channels_last": 2.0, "vmap": 1.0}
-    monkeypatch.setattr(tuning, "_race", lambda *_: (seconds, {}))
-    ens = ensemble()
-    assert ens.execution(torch.device("cpu")) == default_execution(torch.device("cpu"))
-    assert tune(ens, images()) == Execution("vmap")
-    assert ens.execution(torch.device("cpu")) == Execution("vmap")
+    seconds = {
+        "attack": {"loop": 3.0, "loop+channels_last": 2.0, "vmap": 1.0},
+        "training": {"loop": 2.0, "loop+channels_last": 3.0, "vmap": 4.0},
+    }
+    monkeypatch.setattr(tuning, "_race", measured_as(seconds))
+    ens, cpu = ensemble(), torch.device("cpu")
+    assert ens.execution(cpu) == default_execution(cpu)
+    assert tune(ens, images()) == Tuned(attack=Execution("vmap"), training=Execution("loop"))
+    assert ens.train().execution(cpu) == Execution("loop")
+    assert ens.eval().execution(cpu) == Execution("vmap")
+    with frozen(ens.train()) as view:
+        assert view.execution(cpu) == Execution("vmap")
     monkeypatch.setattr(tuning, "_race", lambda *_: pytest.fail("measured again"))
-    assert tune(ensemble(), images()) == Execution("vmap")
+    assert tune(ensemble(), images()) == ens.tuned
     (entry,) = tuning.remembered()
-    assert entry["choice"] == "vmap"
-    assert entry["seconds"] == seconds
+    for kind, choice in (("attack", "vmap"), ("training", "loop")):
+        assert entry[kind]["choice"] == choice
+        assert entry[kind]["seconds"] == seconds[kind]
     assert (entry["members"], entry["batch"], entry["shape"]) == (["ResNet", "ResNet"], 4, [1, 8, 8])
 
 
@@ -124,33 +136,60 @@ def test_a_choice_is_for_one_problem():
 def test_measuring_is_real_and_changes_nothing():
     ens = ensemble().train()
     before = {name: tensor.clone() for name, tensor in ens.state_dict().items()}
-    choice = tune(ens, images())
+    state = torch.get_rng_state()
+    choices = tune(ens, images())
     (entry,) = tuning.remembered()
-    assert set(entry["seconds"]) == {"loop", "loop+channels_last", "vmap"}
-    assert entry["seconds"][str(choice)] == min(entry["seconds"].values()) > 0
+    for kind, choice in choices._asdict().items():
+        seconds = entry[kind]["seconds"]
+        assert set(seconds) == {"loop", "loop+channels_last", "vmap"}
+        assert seconds[str(choice)] == min(seconds.values()) > 0
     assert all(module.training for module in ens.modules())
+    assert all(parameter.grad is None for parameter in ens.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in ens.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_members_with_nothing_to_train_are_measured_in_attacks_only():
+    ens = ensemble().requires_grad_(False)
+    assert tune(ens, images()).training == default_execution(torch.device("cpu"))
+    (entry,) = tuning.remembered()
+    assert entry["training"]["seconds"] == {}
+    assert set(entry["training"]["failed"]) == set(entry["attack"]["seconds"])
 
 
 def test_a_choice_by_hand_is_obeyed(monkeypatch):
     monkeypatch.setattr(tuning, "_race", lambda *_: pytest.fail("measured"))
     ens = ensemble("vmap")
-    assert tune(ens, images()) == Execution("vmap")
+    assert tune(ens, images()) == Tuned(Execution("vmap"), Execution("vmap"))
     assert ens.tuned is None
 
 
 def test_compiled_candidates_only_for_long_jobs(monkeypatch):
     raced = []
 
-    def race(ensemble, x, precision, executions):
-        raced.append([str(e) for e in executions])
+    def race(kind, ensemble, x, precision, executions):
+        raced.append((kind, [str(e) for e in executions]))
         return {str(e): 0.5 if e.compile else 1.0 for e in executions}, {}
 
     monkeypatch.setattr(tuning, "_race", race)
-    assert str(tune(ensemble(), images(), passes=600)) == "loop"
-    assert str(tune(ensemble(), images(), passes=601)) == "loop+compile"
-    assert str(tune(ensemble(), images())) == "loop+compile"
-    assert raced == [EXECUTIONS, EXECUTIONS, ["loop", "loop+compile"]]
+    for counts, expected in (
+        ((600, 600), ("loop", "loop")),
+        ((601, 0), ("loop+compile", "loop")),
+        ((0, 601), ("loop+compile", "loop+compile")),
+        ((0, 0), ("loop+compile", "loop+compile")),
+    ):
+        choices = tune(ensemble(), images(), passes=counts[0], updates=counts[1])
+        assert tuple(map(str, choices)) == expected
+    again = [EXECUTIONS, ["loop", "loop+compile"]]
+    first = [(kind, EXECUTIONS) for kind in ("attack", "training")]
+    assert raced == first + [(kind, raced) for kind in ("attack", "training") for raced in again]
+
+
+def test_graphs_are_candidates_for_attacks_only():
+    device = torch.device("cuda")
+    attack, training = (tuning.candidates(device, kind) for kind in ("attack", "training"))
+    assert training == [way for way in attack if not way.graph]
+    assert len(attack) == 2 * len(training) == 10
 
 
 def test_what_cannot_run_is_recorded():
@@ -165,7 +204,7 @@ def test_what_cannot_run_is_recorded():
 
     tune(Ensemble([Branching(), Branching()]), images().float())
     (entry,) = tuning.remembered()
-    assert list(entry["failed"]) == ["vmap"]
+    assert list(entry["attack"]["failed"]) == list(entry["training"]["failed"]) == ["vmap"]
 
 
 def test_a_broken_or_unwritable_cache_costs_a_warning(tmp_path, monkeypatch, caplog):

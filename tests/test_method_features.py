@@ -11,7 +11,7 @@ from method_models import CLASSES, Small, fixed_ensemble, numbered, probabilitie
 from torch import Tensor, nn
 
 from ceat_fast.ensemble import Ensemble, frozen
-from ceat_fast.ensemble.execution import Execution
+from ceat_fast.ensemble.execution import Execution, Tuned
 from ceat_fast.methods import DVERGE, FASTEN, LAFED, Batch, CalibratedDistance, Epoch, fasten
 from ceat_fast.methods.features import MemberFeatures, feature_layers, features, layers_at, replaced_output
 from ceat_fast.methods.lafed import mixed_logits, smoothed_targets
@@ -111,7 +111,7 @@ class Undecided(nn.Module):
 @pytest.mark.parametrize("backend", ["auto", "vmap"])
 def test_members_that_vmap_cannot_run_are_looped_over_unless_it_was_asked_for(backend: str) -> None:
     ensemble = Ensemble([Undecided(1.0), Undecided(2.0)], backend=backend)
-    ensemble.tuned = Execution("vmap")
+    ensemble.tuned = Tuned(Execution("vmap"), Execution("vmap"))
     run = MemberFeatures(ensemble, ["fc", "fc"])
     x = torch.ones(2, 3, 1, 2, 2)
     if backend == "vmap":

@@ -346,6 +346,13 @@ def test_autoattacks_parts_are_counted(tmp_path: Path) -> None:
     assert table.split()[:8] == ["subject", "clean", "apgd-ce", "square", "model", "19", "17", "23"]
 
 
+def test_one_attack_alone_has_no_parts(tmp_path: Path) -> None:
+    result = toy([1, 0, 0, 0], auto=[1, 0, 0, 0])
+    result.attacks["AA"] |= settings("Square") | {"found_by": {"model": {"square": 23}}}
+    text = Outline(write_report([saved(result, tmp_path / "a")], tmp_path / "r.html").read_text()).text
+    assert "each part was the first" not in text
+
+
 def test_text_is_escaped(tmp_path: Path) -> None:
     picture = figures.Picture(b"", 10)
     text = page.page(

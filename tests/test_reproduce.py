@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from ceat_fast.cli import main
 from ceat_fast.evaluation import TransferConfig
 from ceat_fast.methods import ADP, CEAT, DVERGE, EAT, FASTEN, GAL, TRS
+from ceat_fast.models import build_model
+from ceat_fast.models.resnet import CIFAR10_STATISTICS
 from ceat_fast.reproduce import EXPERIMENTS, SCALES, cells, reproduce
 from ceat_fast.reproduce.judgements import Attacked
 from ceat_fast.reproduce.numbers import COLUMNS
+from ceat_fast.reproduce.scales import Scale
 from ceat_fast.reproduce.statistics import summarise
 from ceat_fast.reproduce.tables import grids
 from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError
@@ -24,9 +30,9 @@ from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError
 @pytest.fixture
 def micro(monkeypatch: pytest.MonkeyPatch) -> str:
     """A scale of a second per training."""
-    scale = replace(
-        SCALES["smoke"],
-        name="micro",
+    (smoke,) = SCALES["smoke"].settings
+    setting = replace(
+        smoke,
         sgd=(SGD(lr=0.1, grad_clip=1.0), 1),
         adam=(Adam(lr=0.01), 1),
         evaluation=AttackConfig(eps=0.05, alpha=0.05, steps=1),
@@ -37,8 +43,41 @@ def micro(monkeypatch: pytest.MonkeyPatch) -> str:
         train_images=64,
         held_out=16,
     )
-    monkeypatch.setitem(SCALES, "micro", scale)
+    monkeypatch.setitem(SCALES, "micro", Scale("micro", (setting,)))
     return "micro"
+
+
+TINY_DATA = """
+import torch
+from ceat_fast.data import Dataset
+
+def tiny(root):
+    assert (root / "tiny-images").is_dir()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (80, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(80) % 10
+    return Dataset("tiny", images[:48], labels[:48], images[48:], labels[48:], 10, 255.0, "none")
+"""
+
+
+@pytest.fixture
+def two_settings(micro: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The digits, and in the place of the CIFAR-10 subset random images, if the data folder has `tiny-images`."""
+    (tmp_path / "tiny_data.py").write_text(TINY_DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (digits,) = SCALES[micro].settings
+    cifar10 = SCALES["small"].settings[1]
+    second = replace(
+        digits,
+        datasets={"cifar10": "tiny_data:tiny"},
+        models=cifar10.models,
+        seeds=1,
+        train_images=32,
+        stands_in="random images",
+        files="tiny-images",
+    )
+    monkeypatch.setitem(SCALES, "two", Scale("two", (digits, second)))
+    return "two"
 
 
 @pytest.fixture
@@ -86,7 +125,7 @@ def test_table_4_switches_the_parts_of_the_loss() -> None:
 
 
 def test_the_paper_scale_is_section_4_1() -> None:
-    paper = SCALES["paper"]
+    (paper,) = SCALES["paper"].settings
     resnet20 = ("resnet20",) * 3
     ceat = paper.train_config(CEAT(lam=1.0, mu=5.0), "cifar10", resnet20, seed=2)
     assert (type(ceat.optimizer), ceat.optimizer.lr, ceat.optimizer.momentum) == (SGD, 0.01, 0.9)
@@ -103,7 +142,7 @@ def test_the_paper_scale_is_section_4_1() -> None:
 
 
 def test_search_radii_keep_their_ratio_to_the_attack() -> None:
-    small = SCALES["small"]
+    small = SCALES["small"].settings[0]
     assert small.attack.eps == 0.15
     assert small.scaled(DVERGE()).eps == pytest.approx(0.07 * 0.15 / 0.031)
     assert small.scaled(FASTEN()).eps == pytest.approx(0.06 * 0.15 / 0.031)
@@ -113,13 +152,41 @@ def test_search_radii_keep_their_ratio_to_the_attack() -> None:
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
 def test_every_training_of_every_scale_has_valid_settings(scale: str) -> None:
-    size = SCALES[scale]
-    for experiment in EXPERIMENTS.values():
-        for block in experiment.blocks:
-            for row in block.rows:
-                config = size.train_config(row.method, block.dataset, block.models, 0, experiment.per_epoch)
-                assert all(0 < milestone <= config.epochs for milestone in config.schedule.milestones)
-        assert all(size.judged_as(column) for column in experiment.columns)
+    for setting in SCALES[scale].settings:
+        for experiment in EXPERIMENTS.values():
+            for block in experiment.blocks:
+                if block.dataset not in setting.datasets:
+                    continue
+                for row in block.rows:
+                    config = setting.train_config(row.method, block.dataset, block.models, 0, experiment.per_epoch)
+                    assert all(0 < milestone <= config.epochs for milestone in config.schedule.milestones)
+            assert all(setting.judged_as(column) for column in experiment.columns)
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["digits", "CIFAR-10"])
+def test_the_networks_of_small_are_of_three_depths_and_take_its_images(position: int) -> None:
+    setting = SCALES["small"].settings[position]
+    channels, side = [(1, 8), (3, 32)][position]
+    networks = [build_model(setting.models[name], 10, channels) for name in ("resnet20", "resnet26", "resnet32")]
+    depths = [sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in n.modules()) + 1 for n in networks]
+    assert depths == [4, 6, 8]
+    for network in networks:
+        assert network.eval()(torch.rand(2, channels, side, side)).shape == (2, 10)
+
+
+def test_the_cifar_networks_normalise_each_colour_by_its_own_statistics() -> None:
+    network = build_model("ceat_fast.reproduce.models:cifar_resnet_4", 10, 3)
+    image = torch.tensor(CIFAR10_STATISTICS[0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    torch.testing.assert_close(network[1].normalize(network[0](image)), torch.zeros(1, 12, 2, 2))
+
+
+def test_the_digits_of_small_keep_their_run_folders(tmp_path: Path) -> None:
+    """Results of earlier versions are found again: folders are named by the settings of the training."""
+    setting, block = SCALES["small"].settings[0], EXPERIMENTS["table1"].blocks[0]
+    configs = [setting.train_config(row.method, block.dataset, block.models, 0) for row in block.rows]
+    folders = [cells.make_cell("", config, (), tmp_path, "auto", None).folder.name for config in configs]
+    assert folders[0] == "digits-EAT-b8bc7f01-seed0"
+    assert folders[-1] == "digits-CEAT-f154559f-seed0"
 
 
 def test_mean_deviation_and_interval() -> None:
@@ -171,6 +238,55 @@ def test_an_interrupted_experiment_goes_on_where_it_was(
     assert len(trainings) == 1
     reproduce("table1", micro, **options)
     assert len(trainings) == 2
+
+
+def test_a_second_data_set_is_a_block_of_its_own(two_settings: str, trainings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "data" / "tiny-images").mkdir(parents=True)
+    options = {"out": tmp_path, "device": "cpu", "only": ["EAT", "CEAT(1,5)"], "data_root": str(tmp_path / "data")}
+    result = reproduce("table1", two_settings, **options)
+    assert [block.title for block in result.blocks] == ["CIFAR-10 (digits)", "CIFAR-10 (random images)"]
+    assert [list(block.rows[0].numbers["NAT"]) for block in result.blocks] == [[0, 1], [0]]  # seeds of each
+    assert len(trainings) == 2 * 2 + 2
+    assert result.left_out == []
+    text = (tmp_path / "two" / "table1.md").read_text()
+    assert "Comparison of the methods (Table 1): CIFAR-10 (random images). Ours: ceat_fast.reproduce" in text
+    assert "the paper's are of cifar10 with resnet20: compare the differences" in text
+    blocks = json.loads((tmp_path / "two" / "table1.json").read_text())["blocks"]
+    assert [(block["dataset"], block["train_images"]) for block in blocks] == [("digits", 64), ("tiny_data:tiny", 32)]
+
+
+def test_a_data_set_without_files_is_left_out_and_the_table_says_so(
+    two_settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--scale", two_settings, "--out", str(tmp_path), "--seeds", "1", "--device", "cpu", "--only", "EAT"]
+    assert main(["reproduce", "table1", *options, "--data_root", str(tmp_path / "nothing")]) == 0
+    sentence = "random images: left out, there is no tiny-images in the data folder (--data_root)."
+    assert sentence in capsys.readouterr().out
+    text = (tmp_path / "two" / "table1.md").read_text()
+    assert f"* {sentence}" in text
+    assert "(random images)" not in text
+
+
+def test_cifar10_at_small_needs_its_files_and_downloads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits, cifar10 = SCALES["small"].settings
+    assert digits.is_there(str(tmp_path))
+    assert not cifar10.is_there(str(tmp_path))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert cifar10.is_there(str(tmp_path))
+    monkeypatch.setenv("CEAT_FAST_DATA", str(tmp_path))
+    assert cifar10.is_there(None)
+
+
+@pytest.mark.parametrize("name", ["fig2", "fig4"])
+def test_figures_have_a_panel_per_data_set(name: str, two_settings: str, tmp_path: Path) -> None:
+    (tmp_path / "data" / "tiny-images").mkdir(parents=True)
+    row = EXPERIMENTS[name].blocks[0].rows[0].name
+    options = {"out": tmp_path, "seeds": 1, "device": "cpu", "only": [row], "data_root": str(tmp_path / "data")}
+    assert len(reproduce(name, two_settings, **options).blocks) == 2
+    width, height = struct.unpack(">II", (tmp_path / "two" / f"{name}.png").read_bytes()[16:24])
+    assert width == pytest.approx(2 * 4.8 / 3.4 * height, rel=0.01)
 
 
 def test_table_figure_and_numbers_are_written(micro: str, tmp_path: Path) -> None:
@@ -254,7 +370,7 @@ def test_the_command(micro: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     options = ["--scale", micro, "--out", str(tmp_path), "--seeds", "1", "--device", "cpu", "--only", "EAT"]
     assert main(["reproduce", "table1", *options]) == 0
     captured = capsys.readouterr()
-    assert "1/1 CIFAR-10, EAT, seed 0: clean" in captured.err
+    assert "1/1 CIFAR-10 (digits), EAT, seed 0: clean" in captured.err
     assert "85.51" in captured.out
     assert all(column in captured.out for column in COLUMNS)
     assert "table1.md, .png, .json" in captured.out

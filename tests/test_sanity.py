@@ -219,6 +219,7 @@ AUTO = {"attack": "AutoAttack", "eps": 0.03, "norm": "Linf"}
         ("Square not stronger than white-box", {"a": (pgd(0.03), 0.5), "s": (SQUARE, 0.52)}, "ok"),
         ("Square not stronger than white-box", {"a": (pgd(0.03), 0.5), "s": (SQUARE, 0.497)}, "flag"),
         ("Square not stronger than white-box", {"a": (pgd(0.05), 0.5), "s": (SQUARE, 0.4)}, "not run"),
+        ("Square within AutoAttack", {"a": (pgd(0.03), 0.5), "s": (SQUARE, 0.4)}, "not run"),
         ("PGD to AutoAttack", {"a": (pgd(0.03), 0.5), "aa": (AUTO, 0.42)}, "ok"),
         ("PGD to AutoAttack", {"a": (pgd(0.03), 0.5), "aa": (AUTO, 0.39)}, "flag"),
         ("PGD to AutoAttack", {"a": (pgd(0.03), 0.5), "aa": (AUTO, 0.52)}, "flag"),
@@ -262,6 +263,25 @@ def test_square_within_autoattack(found: int, expected: str) -> None:
     checks = {check.name: check for check in check_scores(evaluated)}
     assert checks["Square within AutoAttack"].outcome == expected
     assert [check.finding for name, check in checks.items() if name == "remark of AA"] == ["odd 3 of 4"]
+
+
+@pytest.mark.parametrize(("by_square", "expected"), [(0, "ok"), (2, "ok"), (3, "flag")])
+def test_what_square_found_within_autoattack_is_no_gradients_merit(by_square: int, expected: str) -> None:
+    evaluated = result({"PGD": (pgd(0.03), 0.6), "AA": (AUTO, 0.5), "Square": (SQUARE, 0.5)})
+    evaluated.attacks["AA"]["found_by"] = {"model": {"apgd-ce": 400 - by_square, "clean": 100, "square": by_square}}
+    evaluated.attacks["Square"]["found_by"] = {"model": {"clean": 100, "square": 400}}
+    checks = {check.name: check for check in check_scores(evaluated)}
+    assert checks["Square not stronger than white-box"].outcome == expected
+    assert checks["Square within AutoAttack"].outcome == expected
+    text = f"AA on model: Square misled {by_square} of 1000 samples that gradients did not"
+    assert checks["Square within AutoAttack"].finding == text
+
+
+def test_a_square_that_comes_first_says_nothing_of_gradients() -> None:
+    evaluated = result({"AA": (AUTO | {"attacks": ["square", "apgd-ce"]}, 0.5)})
+    evaluated.attacks["AA"]["found_by"] = {"model": {"clean": 100, "square": 400}}
+    checks = {check.name: check for check in check_scores(evaluated)}
+    assert checks["Square within AutoAttack"].outcome == "not run"
 
 
 def test_a_curve_is_the_longest_group_that_differs_in_one_setting() -> None:

@@ -15,7 +15,7 @@ from tiny_training import Tiny, tiny_config, train, without_time
 from torch import Tensor, nn
 
 from ceat_fast.data import Dataset, load_dataset
-from ceat_fast.ensemble import Ensemble, Execution
+from ceat_fast.ensemble import Ensemble, Execution, Tuned
 from ceat_fast.methods import CEAT, EAT, Batch, Method, Standard, StepOutput
 from ceat_fast.training import (
     SGD,
@@ -325,9 +325,11 @@ def test_methods_without_a_cross_entropy_of_their_own_refuse_label_smoothing(nam
 def test_a_long_run_measures_its_execution_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def tune(ensemble: Ensemble, x: Tensor, **settings: Any) -> Execution:
-        calls.append((tuple(x.shape), settings["passes"]))
-        return Execution("vmap")
+    choice = Tuned(attack=Execution("vmap"), training=Execution("loop"))
+
+    def tune(ensemble: Ensemble, x: Tensor, **settings: Any) -> Tuned:
+        calls.append((tuple(x.shape), settings["passes"], settings["updates"]))
+        return choice
 
     monkeypatch.setattr("ceat_fast.training.trainer.tune", tune)
     short = train(tiny_config(tmp_path / "short", backend="auto"))
@@ -336,9 +338,9 @@ def test_a_long_run_measures_its_execution_once_and_keeps_it(tmp_path: Path, mon
     # 96 images in batches of 40 are 3 steps, each of 2 attack steps and 2 passes.
     monkeypatch.setattr("ceat_fast.training.trainer.MEASURE_FROM_PASSES", 3 * 3 * 4)
     config = tiny_config(tmp_path / "long", backend="auto")
-    assert train(config).ensemble.tuned == Execution("vmap")
-    assert calls == [((40, 1, 8, 8), 36)]
+    assert train(config).ensemble.tuned == choice
+    assert calls == [((40, 1, 8, 8), 18, 18)]
     resumed = Trainer(dataclasses.replace(config, epochs=4, resume=True), console=Console(quiet=True))
-    assert resumed.ensemble.tuned == Execution("vmap")
+    assert resumed.ensemble.tuned == choice
     resumed.fit()
     assert len(calls) == 1

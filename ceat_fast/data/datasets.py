@@ -66,13 +66,18 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
         RuntimeError: a file is damaged; names it.
     """
     require_dataset_name(name)
-    folder = Path(root if root is not None else os.environ.get(ROOT_VARIABLE, "data"))
+    folder = data_folder(root)
     if name in DATASETS:
         return DATASETS[name](folder)
     dataset = import_function("data set", name)(folder)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"data set {name!r} must return a ceat_fast.data.Dataset, got {type(dataset).__name__}")
     return dataset
+
+
+def data_folder(root: str | Path | None = None) -> Path:
+    """Where the files of data sets are: `root`, or else $CEAT_FAST_DATA, or else ./data."""
+    return Path(root if root is not None else os.environ.get(ROOT_VARIABLE, "data"))
 
 
 def require_dataset_name(name: str) -> None:

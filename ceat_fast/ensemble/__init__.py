@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from ceat_fast.ensemble.ensemble import AVERAGES, Ensemble
-from ceat_fast.ensemble.execution import Execution
+from ceat_fast.ensemble.execution import Execution, Tuned
 from ceat_fast.ensemble.frozen import PRECISIONS, frozen, resolve_precision, unfolded
 from ceat_fast.ensemble.tuning import tune
 
-__all__ = ["AVERAGES", "PRECISIONS", "Ensemble", "Execution", "frozen", "resolve_precision", "tune", "unfolded"]
+__all__ = [
+    "AVERAGES",
+    "PRECISIONS",
+    "Ensemble",
+    "Execution",
+    "Tuned",
+    "frozen",
+    "resolve_precision",
+    "tune",
+    "unfolded",
+]

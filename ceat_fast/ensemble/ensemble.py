@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
-from ceat_fast.ensemble.execution import AUTO, Execution, default_execution
+from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.graphs import GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
 from ceat_fast.ensemble.streams import run_in_streams
@@ -57,16 +57,18 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.backend = backend
         self.average = average
-        self.tuned: Execution | None = None  # what "auto" takes, once it was measured
+        self.tuned: Tuned | None = None  # what "auto" takes, once it was measured
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._graphs = GraphedCalls()
 
-    def execution(self, device: torch.device) -> Execution:
-        """How the members run on inputs on `device`."""
+    def execution(self, device: torch.device, training: bool | None = None) -> Execution:
+        """How the members run on inputs on `device`, in the ensemble's present mode or the one given."""
         if self.backend != AUTO:
             return Execution.parse(self.backend)
-        return self.tuned or default_execution(device)
+        if self.tuned is None:
+            return default_execution(device)
+        return self.tuned.training if (self.training if training is None else training) else self.tuned.attack
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities of the ensemble (B, K), fp32 (fp64 for fp64 members); x as in `member_logits`."""

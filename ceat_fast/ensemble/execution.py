@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,13 @@ class Execution:
         if self.channels_last and x.dim() == 4:
             return x.contiguous(memory_format=torch.channels_last)
         return x
+
+
+class Tuned(NamedTuple):
+    """The executions that were measured to be the fastest, for the two kinds of work."""
+
+    attack: Execution  # eval mode: the gradient for the input, and verdicts
+    training: Execution  # train mode: the gradient for the weights
 
 
 def default_execution(device: torch.device) -> Execution:

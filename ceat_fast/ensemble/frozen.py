@@ -149,7 +149,7 @@ def _ensemble_settings(model: nn.Module) -> tuple[Any, ...]:
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    execution = model.execution(device) if isinstance(model, Ensemble) else default_execution(device)
+    execution = model.execution(device, training=False) if isinstance(model, Ensemble) else default_execution(device)
     return torch.channels_last if execution.channels_last else torch.contiguous_format
 
 

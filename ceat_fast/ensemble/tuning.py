@@ -1,10 +1,12 @@
-"""Which execution is the fastest here: measured once on the real shapes, then remembered in a file.
+"""Which executions are the fastest here: measured once on the real shapes, then remembered in a file.
 
-What is timed is what an attack does at each step: the frozen members' forward pass and the gradient for the input.
+Two kinds of work are timed. What an attack does at each step: the frozen members' forward pass and the gradient for the
+input. And what training does: a forward pass in train mode and the gradients of all weights.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ceat_fast.ensemble.ensemble import Ensemble
-from ceat_fast.ensemble.execution import Execution
+from ceat_fast.ensemble.execution import Execution, Tuned, default_execution
 from ceat_fast.ensemble.frozen import frozen, resolve_precision, unfolded
 from ceat_fast.environment import cache_folder, device_name, library_versions
 from ceat_fast.files import write_json
@@ -32,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 def tune(
-    ensemble: Ensemble, x: Tensor, *, precision: str = "fp32", passes: int = 0, remember: bool = True
-) -> Execution:
-    """Let `ensemble` run in the execution that is the fastest for inputs such as `x`; returns it.
+    ensemble: Ensemble, x: Tensor, *, precision: str = "fp32", passes: int = 0, updates: int = 0, remember: bool = True
+) -> Tuned:
+    """Let `ensemble` run in the executions that are the fastest for inputs such as `x`; returns them.
 
     It concerns ensembles with backend "auto"; another backend is obeyed, and nothing is measured.
 
@@ -42,22 +44,34 @@ def tune(
         ensemble: its members, weights and modes stay as they are.
         x: (B, ...) inputs of the shape, type and device to come.
         precision: that of the attacks, as in `frozen`.
-        passes: about how many forward and backward passes will follow. Compiled executions are measured only where
-            these would take longer than ten minutes without.
+        passes: about how many forward and backward passes of attacks will follow. Compiled executions are measured only
+            where these would take longer than ten minutes without.
+        updates: the same for training passes, each of one batch.
         remember: look up the choice in the cache file first, and write it there.
+
+    Raises:
+        RuntimeError: no execution can attack these members; says why.
     """
     if ensemble.backend != "auto":
-        return ensemble.execution(x.device)
+        return Tuned(*[ensemble.execution(x.device)] * 2)
     precision = resolve_precision(precision, ensemble)
+    expected = {"attack": passes, "training": updates}
     record = describe_problem(ensemble, x, precision)
-    known = _load() if remember else {}
-    entry = known.get(_key(record))
-    if entry is None or (not entry["compiled_measured"] and _seconds(entry) * passes > COMPILE_PAYS_AFTER):
-        entry = record | _measure(ensemble, x, precision, passes)
+    entry = (_load() if remember else {}).get(_key(record), record)
+    missing = [kind for kind, count in expected.items() if not _is_answered(entry.get(kind), count)]
+    if missing:
+        entry = {**entry, "unfolded": unfolded(ensemble)}
+        entry |= {kind: _measure(kind, ensemble, x, precision, expected[kind]) for kind in missing}
         if remember:
             _store(_key(record), entry)
-    ensemble.tuned = Execution.parse(entry["choice"])
+    ensemble.tuned = Tuned(*(Execution.parse(entry[kind]["choice"]) for kind in expected))
     return ensemble.tuned
+
+
+def _is_answered(measured: dict[str, Any] | None, count: int) -> bool:
+    if measured is None:
+        return False
+    return measured["compiled_measured"] or min(measured["seconds"].values(), default=0) * count <= COMPILE_PAYS_AFTER
 
 
 def remembered() -> list[dict[str, Any]]:
@@ -86,44 +100,44 @@ def describe_problem(ensemble: Ensemble, x: Tensor, precision: str) -> dict[str,
     }
 
 
-def candidates(device: torch.device) -> list[Execution]:
-    """The executions without torch.compile that exist on `device`."""
+def candidates(device: torch.device, kind: str) -> list[Execution]:
+    """The executions without torch.compile that exist on `device`; CUDA graphs are for attacks only."""
     ways = [Execution("loop"), Execution("loop", channels_last=True), Execution("vmap")]
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
-        ways += [replace(way, graph=True) for way in ways]
+        ways += [replace(way, graph=True) for way in ways if kind == "attack"]
     return ways
 
 
-def _measure(ensemble: Ensemble, x: Tensor, precision: str, passes: int) -> dict[str, Any]:
-    times, failed = _race(ensemble, x, precision, candidates(x.device))
-    compiled_measured = bool(times) and min(times.values()) * passes > COMPILE_PAYS_AFTER
+def _measure(kind: str, ensemble: Ensemble, x: Tensor, precision: str, count: int) -> dict[str, Any]:
+    """The choice for one kind of work, the seconds of every candidate, and why others cannot do it."""
+    times, failed = _race(kind, ensemble, x, precision, candidates(x.device, kind))
+    compiled_measured = bool(times) and min(times.values()) * count > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))
         contenders = [best, replace(best, compile=True)]
-        times_again, failed_again = _race(ensemble, x, precision, contenders)
+        times_again, failed_again = _race(kind, ensemble, x, precision, contenders)
         times, failed = times | times_again, failed | failed_again
-    if not times:
+    if not times and kind == "attack":
         raise RuntimeError(f"no execution can run this ensemble: {failed}")
+    # Members that cannot be copied, or have nothing to train, cannot be measured in training.
     return {
-        "choice": min(times, key=times.__getitem__),
+        "choice": min(times, key=times.__getitem__) if times else str(default_execution(x.device)),
         "seconds": times,
         "failed": failed,
         "compiled_measured": compiled_measured,
-        "unfolded": unfolded(ensemble),
     }
 
 
 def _race(
-    ensemble: Ensemble, x: Tensor, precision: str, executions: Sequence[Execution]
+    kind: str, ensemble: Ensemble, x: Tensor, precision: str, executions: Sequence[Execution]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """(median seconds of each execution over interleaved rounds, why others cannot run)."""
-    calls: dict[str, Callable[[], None]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
     for execution in executions:
-        contender = Ensemble(list(ensemble.members), str(execution), ensemble.average)
-        call = _gradient_of(contender, x, precision)
         try:
+            call = _PASSES[kind](ensemble, str(execution), x, precision)
             _timed(call, 1, x.device)
             calls[str(execution)] = call
         except torch.OutOfMemoryError as error:
@@ -138,17 +152,39 @@ def _race(
     return {name: statistics.median(times) for name, times in samples.items()}, failed
 
 
-def _gradient_of(ensemble: Ensemble, x: Tensor, precision: str) -> Callable[[], None]:
-    def call() -> None:
-        with torch.enable_grad(), frozen(ensemble, precision) as view:
+def _attack_passes(ensemble: Ensemble, backend: str, x: Tensor, precision: str) -> Callable[[], object]:
+    contender = Ensemble(list(ensemble.members), backend, ensemble.average)
+
+    def call() -> object:
+        with torch.enable_grad(), frozen(contender, precision) as view:
             assert isinstance(view, Ensemble)
             point = x.detach().requires_grad_()
-            torch.autograd.grad(view.member_logits(point, per_member=False).float().logsumexp(-1).sum(), point)
+            return torch.autograd.grad(view.member_logits(point, per_member=False).float().logsumexp(-1).sum(), point)
 
     return call
 
 
-def _timed(call: Callable[[], None], repeats: int, device: torch.device) -> float:
+def _training_passes(ensemble: Ensemble, backend: str, x: Tensor, precision: str) -> Callable[[], object]:
+    # On copies: a pass in train mode moves running statistics.
+    contender = Ensemble(copy.deepcopy(list(ensemble.members)), backend, ensemble.average).train()
+    weights = [parameter for parameter in contender.parameters() if parameter.requires_grad]
+
+    def call() -> object:
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices):
+            logits = contender.member_logits(x, per_member=False)
+            return torch.autograd.grad(logits.float().logsumexp(-1).sum(), weights, allow_unused=True)
+
+    return call
+
+
+_PASSES: dict[str, Callable[[Ensemble, str, Tensor, str], Callable[[], object]]] = {
+    "attack": _attack_passes,
+    "training": _training_passes,
+}
+
+
+def _timed(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -163,16 +199,10 @@ def _key(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _seconds(entry: dict[str, Any]) -> float:
-    return float(min(entry["seconds"].values()))
-
-
 def _load() -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(cache_path().read_text())
-        return {
-            key: entry for key, entry in entries.items() if {"choice", "seconds", "compiled_measured"} <= set(entry)
-        }
+        return {key: entry for key, entry in entries.items() if {"attack", "training"} <= set(entry)}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:

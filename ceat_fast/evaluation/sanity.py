@@ -104,12 +104,24 @@ def _black_box(result: EvaluationResult) -> Check:
     worst, finding = -1.0, ""
     for subject in result.subjects:
         for black in square:
-            whites = [result.score(subject, w) for s, w in pairs if s == black]
-            white = min(whites, key=lambda score: score.accuracy)
-            excess = white.accuracy - result.score(subject, black).accuracy
-            if excess > worst:
-                worst, finding = excess, f"{subject}: {_quote(white)}, {_quote(result.score(subject, black))}"
-    return _flag_if(worst > _SQUARE_GAIN, name, finding, MASKED)
+            score = result.score(subject, black)
+            whites = [(_without_square(result, subject, w), w) for s, w in pairs if s == black]
+            accuracy, white = min(whites, default=(0.0, ""))
+            if accuracy - score.accuracy > worst:
+                worst = accuracy - score.accuracy
+                finding = f"{subject}: gradients leave {accuracy:.1%} ({white}), {_quote(score)}"
+    return _flag_if(worst * len(result.labels) > _square_gain(result), name, finding, MASKED)
+
+
+def _square_gain(result: EvaluationResult) -> float:
+    """How many samples Square may mislead that gradients did not: 0.2 %, or one; half a sample is rounding's."""
+    return max(_SQUARE_GAIN * len(result.labels), 1) + 0.5
+
+
+def _without_square(result: EvaluationResult, subject: str, attack: str) -> float:
+    """The accuracy under an attack, less what the Square Attack within it found."""
+    found = result.attacks[attack].get("found_by", {}).get(subject, {})
+    return result.score(subject, attack).accuracy + float(found.get("square", 0)) / len(result.labels)
 
 
 def _autoattack_gap(result: EvaluationResult) -> Check:
@@ -175,16 +187,18 @@ def _square_in_autoattack(result: EvaluationResult) -> Check:
     most, finding = 0, ""
     for attack, facts in result.attacks.items():
         for subject, found in facts.get("found_by", {}).items():
-            if len(found) > 1 and found.get("square", 0) >= most:
+            if _is_white_box(result, attack) and found.get("square", 0) >= most:
                 most = found.get("square", 0)
                 finding = f"{attack} on {subject}: Square misled {most} of {samples} samples that gradients did not"
     if not finding:
         return Check(name, NOT_RUN, "no AutoAttack")
-    return _flag_if(most > max(1, _SQUARE_GAIN * samples), name, finding, MASKED)
+    return _flag_if(most > _square_gain(result), name, finding, MASKED)
 
 
 def _is_white_box(result: EvaluationResult, attack: str) -> bool:
-    return result.settings(attack).get("attack") not in (None, "Square")
+    """Whether it looks at gradients, and that first."""
+    settings = result.settings(attack)
+    return settings.get("attack") not in (None, "Square") and list(settings.get("attacks") or ())[:1] != ["square"]
 
 
 def _same_ball(result: EvaluationResult, one: str, other: str) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import re
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation.fingerprint import digest_model
+from ceat_fast.imports import import_function
 from ceat_fast.models import build_model
 from ceat_fast.training import AttackConfig, Run
 from ceat_fast.training.checkpoint import WEIGHTS, load_weights
@@ -212,26 +211,10 @@ class FunctionSource(Source):
         return Path("evaluations") / re.sub(r"[^\w.-]", "-", self.name)
 
     def load(self, dataset: Dataset) -> nn.Module:
-        model = self._function()()
+        model = import_function("model", self.name)()
         if not isinstance(model, nn.Module):
             raise ValueError(f"{self.name!r} must return an nn.Module, got {type(model).__name__}")
         return model.cpu().eval()
-
-    def _function(self) -> Any:
-        module_name, _, attribute = self.name.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            function = getattr(importlib.import_module(module_name), attribute)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module exists, one of its own imports does not
-            raise ValueError(f"{self.name!r}: no module named {error.name!r} can be imported") from error
-        except AttributeError as error:
-            raise ValueError(f"{self.name!r}: module {module_name!r} has no {attribute!r}") from error
-        if not callable(function):
-            raise ValueError(f"{self.name!r}: {attribute!r} is not callable")
-        return function
 
 
 def find_source(text: str, options: SourceOptions) -> Source:

@@ -6,5 +6,13 @@ from ceat_fast.reports.comparison import write_comparison
 from ceat_fast.reports.exports import robustbench_card, write_files
 from ceat_fast.reports.report import write_report
 from ceat_fast.reports.tables import score_table
+from ceat_fast.reports.training_figures import write_training_figures
 
-__all__ = ["robustbench_card", "score_table", "write_comparison", "write_files", "write_report"]
+__all__ = [
+    "robustbench_card",
+    "score_table",
+    "write_comparison",
+    "write_files",
+    "write_report",
+    "write_training_figures",
+]

@@ -213,7 +213,8 @@ def cost(evaluated: Sequence[Evaluated]) -> str:
             passes = ["-" if count is None else f"{count:,.0f}" for count in facts["passes"] or (None, None)]
             speed = judged / max(facts["seconds"], 1e-9)
             rows.append([name, f"{facts['seconds']:,.1f}", f"{speed:,.0f}" if speed > 10 else f"{speed:.2g}", *passes])
-            parts += _stages(one.label, name, facts["found_by"])
+            if facts["settings"].get("attack") == "AutoAttack":
+                parts += _stages(one.label, name, facts["found_by"])
         groups.append(rows)
     header = ("attack", "seconds", "images/s", "forward", "backward")
     caption = "Computing time of all subjects together, images judged per second, and passes per image and subject"
@@ -221,7 +222,7 @@ def cost(evaluated: Sequence[Evaluated]) -> str:
 
 
 def _stages(label: str, attack: str, found_by: Mapping[str, Mapping[str, int]]) -> list[str]:
-    if not any(len(counts) > 1 for counts in found_by.values()):
+    if not found_by:
         return []
     found = dict.fromkeys(name for counts in found_by.values() for name in counts)
     names = sorted(found, key=lambda name: name != CLEAN)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
 
+from ceat_fast.files import write_atomic
 from ceat_fast.reports.canvas import COLOURS, Picture, canvas, picture
+from ceat_fast.training import Run
+
+FOLDER = "figures"
 
 Records = Sequence[Mapping[str, Any]]
 _CURVES = {
@@ -16,6 +22,25 @@ _CURVES = {
     "train_adv_accuracy": "training accuracy, adversarial",
     "val_adv_accuracy": "held-out accuracy, adversarial",
 }
+
+
+def write_training_figures(run: Run) -> list[Path]:
+    """Write the figures of a run as PNG files into its folder `figures`, over earlier ones.
+
+    Losses, accuracies, weights and a map of each disparity over the epochs, as far as the run recorded them; nothing
+    before its first epoch ends.
+    """
+    if not run.metrics:
+        return []
+    records = {run.config.method.label: run.metrics}
+    maps = {title.rpartition(", ")[2] + " disparity": shown for title, shown in disparity_maps(records).items()}
+    folder = run.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    written = []
+    for title, shown in (training_curves(records) | weight_curves(records) | maps).items():
+        written.append(folder / (re.sub(r"\W+", "-", title).strip("-") + ".png"))
+        write_atomic(written[-1], shown.png)
+    return written
 
 
 def training_curves(runs: Mapping[str, Records]) -> dict[str, Picture]:

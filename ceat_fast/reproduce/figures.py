@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ceat_fast.reports.canvas import COLOURS, Picture, canvas, picture
+from ceat_fast.reports.canvas import COLOURS, Picture, picture
 from ceat_fast.reproduce.outcome import BlockResult, Reproduction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw(result: Reproduction) -> Picture:
@@ -56,34 +57,46 @@ def _panel(axis: Axes, block: BlockResult, column: str) -> None:
 
 
 def _sensitivity(result: Reproduction) -> Picture:
-    """Accuracy over the setting, a curve per column with 95 % intervals."""
-    figure, axis = canvas()
-    (block,) = result.blocks
-    for column, colour in zip(result.experiment.columns, COLOURS, strict=False):
-        places = [(float(getattr(r.row.method, str(result.experiment.axis))), r.summary(column)) for r in block.rows]
-        known = [(x, summary) for x, summary in places if summary is not None]
-        if known:
-            x = [value for value, _ in known]
-            widths: Sequence[float] = [summary.half_width or 0.0 for _, summary in known]
-            axis.errorbar(
-                x, [s.mean for _, s in known], yerr=widths, marker="o", ms=4, capsize=2, color=colour, label=column
-            )
-    axis.set(xlabel=str(result.experiment.axis), ylabel="accuracy in %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    """A panel per block: accuracy over the setting, a curve per column with 95 % intervals."""
+    figure, panels = _panels(result)
+    setting = str(result.experiment.axis)
+    for axis, block in zip(panels, result.blocks, strict=True):
+        for column, colour in zip(result.experiment.columns, COLOURS, strict=False):
+            places = [(float(getattr(row.row.method, setting)), row.summary(column)) for row in block.rows]
+            known = [(x, summary) for x, summary in places if summary is not None]
+            if known:
+                x = [value for value, _ in known]
+                widths: Sequence[float] = [summary.half_width or 0.0 for _, summary in known]
+                means = [summary.mean for _, summary in known]
+                axis.errorbar(x, means, yerr=widths, marker="o", ms=4, capsize=2, color=colour, label=column)
+        axis.set(xlabel=setting, ylabel="accuracy in %")
+        axis.legend(fontsize=8, frameon=False)
     return picture(figure)
 
 
 def _epochs(result: Reproduction) -> Picture:
-    """Robust accuracy on held-out images over the epochs: a curve per row, its mean over the seeds."""
-    figure, axis = canvas(5.0, 3.4)
-    for block in result.blocks:
+    """A panel per block: robust accuracy on held-out images over the epochs, the mean over the seeds of every row."""
+    figure, panels = _panels(result)
+    for axis, block in zip(panels, result.blocks, strict=True):
         for row, colour in zip(block.rows, COLOURS * len(block.rows), strict=False):
             curves = list(row.curves.values())
             if curves:
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
                 axis.plot(range(1, len(mean) + 1), mean, color=colour, label=row.row.name)
-    axis.set(xlabel="epoch", ylabel="robust accuracy, held out, in %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+        axis.set(xlabel="epoch", ylabel="robust accuracy, held out, in %")
+        axis.legend(fontsize=8, frameon=False)
     return picture(figure)
+
+
+def _panels(result: Reproduction) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with a panel per block, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8 * len(result.blocks), 3.4), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(result.blocks), squeeze=False)[0]
+    for axis, block in zip(panels, result.blocks, strict=True):
+        axis.set_title(block.title, fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, panels

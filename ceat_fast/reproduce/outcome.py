@@ -9,6 +9,7 @@ from typing import Any
 from ceat_fast.reproduce.cells import Outcome
 from ceat_fast.reproduce.experiments import Block, Experiment, Row
 from ceat_fast.reproduce.scales import Scale
+from ceat_fast.reproduce.setting import Setting
 from ceat_fast.reproduce.statistics import Summary, summarise
 
 
@@ -30,18 +31,26 @@ class RowResult:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One block."""
+    """One block, in one setting."""
 
     block: Block
-    dataset: str
-    models: list[str]
+    setting: Setting
     rows: list[RowResult]
 
     @property
     def title(self) -> str:
-        """The paper's, with our data set if it is another one."""
-        same = self.dataset == self.block.dataset
-        return self.block.title if same else f"{self.block.title} ({self.dataset})"
+        """The paper's, with what stands in for its data."""
+        return self.setting.titled(self.block.title)
+
+    @property
+    def dataset(self) -> str:
+        """Ours."""
+        return self.setting.datasets[self.block.dataset]
+
+    @property
+    def models(self) -> list[str]:
+        """Ours."""
+        return [self.setting.models[model] for model in self.block.models]
 
     def contrast(self, first: str, second: str, column: str) -> tuple[Summary | None, float | None]:
         """First minus second row, paired by seed, in points; and the paper's difference."""
@@ -57,11 +66,18 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A whole experiment at a scale."""
+    """A whole experiment at a scale.
+
+    Attributes:
+        experiment, scale: what was run.
+        blocks: the results.
+        left_out: settings of the scale whose files are missing.
+    """
 
     experiment: Experiment
     scale: Scale
     blocks: list[BlockResult]
+    left_out: list[Setting]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what was run, and every number by seed."""
@@ -70,8 +86,9 @@ class Reproduction:
             "scale": self.scale.name,
             "blocks": [
                 {
-                    "title": block.block.title,
+                    "title": block.title,
                     "dataset": block.dataset,
+                    "train_images": block.setting.train_images,
                     "models": block.models,
                     "rows": [
                         {
@@ -91,13 +108,15 @@ class Reproduction:
         }
 
 
-def row_result(row: Row, outcomes: Sequence[tuple[int, Outcome]], scale: Scale, columns: Sequence[str]) -> RowResult:
+def row_result(
+    row: Row, outcomes: Sequence[tuple[int, Outcome]], setting: Setting, columns: Sequence[str]
+) -> RowResult:
     """From (seed, outcome) of each training of a row."""
     found = {
         column: {
-            seed: 100 * outcome.numbers[scale.judged_as(column)]
+            seed: 100 * outcome.numbers[setting.judged_as(column)]
             for seed, outcome in outcomes
-            if scale.judged_as(column) in outcome.numbers
+            if setting.judged_as(column) in outcome.numbers
         }
         for column in columns
     }

@@ -13,12 +13,13 @@ from ceat_fast.environment import describe_environment
 from ceat_fast.files import PathLike, write_atomic, write_json
 from ceat_fast.methods import Method, Standard
 from ceat_fast.reproduce.cells import Cell, make_cell, run_cells
-from ceat_fast.reproduce.experiments import EXPERIMENTS, Block, Experiment
+from ceat_fast.reproduce.experiments import EXPERIMENTS, Block, Experiment, Row
 from ceat_fast.reproduce.figures import draw
 from ceat_fast.reproduce.judgements import Attacked, BlackBox, Judgement, Transferred
 from ceat_fast.reproduce.outcome import BlockResult, Reproduction, row_result
 from ceat_fast.reproduce.scales import SCALES, Scale
-from ceat_fast.reproduce.tables import failures, grids, verdicts
+from ceat_fast.reproduce.setting import Setting
+from ceat_fast.reproduce.tables import grids, sentences
 
 _SURROGATE_SEED = 1000  # above all seeds of rows: a surrogate is never one of the judged
 
@@ -43,11 +44,11 @@ def reproduce(
         name: a key of `EXPERIMENTS`, for example "table1".
         scale: a key of `SCALES`: "smoke", "small" or "paper".
         out: the folder for everything.
-        seeds: trainings per row; default: those of the scale.
+        seeds: trainings per row; default: those of the scale, which may differ between data sets.
         only: names of rows to train and show; all by default.
         jobs: trainings at a time, each in a process of its own.
         device: where to compute.
-        data_root: folder of the data sets.
+        data_root: folder of the data sets; what a scale can do without is left out where it is not there.
         console: shows the progress.
 
     Raises:
@@ -58,11 +59,10 @@ def reproduce(
     experiment, size = EXPERIMENTS[name], SCALES[scale]
     for row in only:
         require_choice(f"row of {name}", row, {row.name for block in experiment.blocks for row in block.rows})
-    count = size.seeds if seeds is None else seeds
-    if not 1 <= count <= _SURROGATE_SEED:
-        raise ValueError(f"seeds must be at least 1 and at most {_SURROGATE_SEED}, got {count}")
+    if seeds is not None and not 1 <= seeds <= _SURROGATE_SEED:
+        raise ValueError(f"seeds must be at least 1 and at most {_SURROGATE_SEED}, got {seeds}")
     session = _Session(experiment, size, Path(out) / scale, device, data_root, jobs, console or Console(quiet=True))
-    result = session.run(list(only), count)
+    result = session.run(list(only), seeds)
     write(result, session.root)
     return result
 
@@ -71,11 +71,24 @@ def write(result: Reproduction, folder: Path) -> None:
     """Write table, figure and numbers of a reproduction into `folder`."""
     name = result.experiment.name
     parts = [f"# {result.experiment.title}, scale {result.scale.name}", *(grid.markdown() for grid in grids(result))]
-    sentences = "\n".join(f"* {sentence}" for sentence in (*verdicts(result), *failures(result)))
-    parts += [sentences, f"![{result.experiment.title}]({name}.png)"]
+    parts += ["\n".join(f"* {sentence}" for sentence in sentences(result)), f"![{result.experiment.title}]({name}.png)"]
     write_atomic(folder / f"{name}.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
     write_atomic(folder / f"{name}.png", draw(result).png)
     write_json(folder / f"{name}.json", {**result.to_dict(), "environment": describe_environment()})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The trainings of one block in one setting."""
+
+    setting: Setting
+    block: Block
+    rows: dict[str, Row]
+    cells: dict[str, list[Cell]]  # row -> one per seed
+
+    def by_seed(self) -> list[Cell]:
+        """All rows of the first seed first: an interrupted experiment then has something to compare."""
+        return [cell for cells in zip(*self.cells.values(), strict=True) for cell in cells]
 
 
 @dataclass
@@ -90,48 +103,58 @@ class _Session:
     jobs: int
     console: Console
 
-    def run(self, only: list[str], seeds: int) -> Reproduction:
-        blocks = _distinct(self.experiment, self.scale)
-        rows = {block.title: [row for row in block.rows if not only or row.name in only] for block in blocks}
-        judgements = {block.title: self._judgements(block) for block in blocks}
-        # Seed by seed, so that an interrupted experiment has all rows of the first seeds.
-        cells = {
-            (block.title, row.name, seed): self._cell(row.name, row.method, block, seed, judgements[block.title])
-            for seed in range(seeds)
-            for block in blocks
-            for row in rows[block.title]
-        }
-        unique = {cell.folder: cell for cell in cells.values()}
+    def run(self, only: list[str], seeds: int | None) -> Reproduction:
+        settings = [setting for setting in self.scale.settings if setting.is_there(self.data_root)]
+        parts = [part for setting in settings for part in self._parts(setting, only, seeds)]
+        unique = {cell.folder: cell for part in parts for cell in part.by_seed()}
         found = dict(zip(unique, run_cells(list(unique.values()), self.jobs, self.console), strict=True))
-        results = []
-        for block in blocks:
-            outcomes = [
-                (row, [(seed, found[cells[block.title, row.name, seed].folder]) for seed in range(seeds)])
-                for row in rows[block.title]
-            ]
-            lines = [row_result(row, by_seed, self.scale, self.experiment.columns) for row, by_seed in outcomes]
-            models = [self.scale.models[model] for model in block.models]
-            results.append(BlockResult(block, self.scale.datasets[block.dataset], models, lines))
-        return Reproduction(self.experiment, self.scale, results)
+        blocks = []
+        for part in parts:
+            lines = []
+            for row, cells in part.cells.items():
+                outcomes = [(cell.config.seed, found[cell.folder]) for cell in cells]
+                lines.append(row_result(part.rows[row], outcomes, part.setting, self.experiment.columns))
+            blocks.append(BlockResult(part.block, part.setting, lines))
+        left_out = [setting for setting in self.scale.settings if setting not in settings]
+        return Reproduction(self.experiment, self.scale, blocks, left_out)
 
-    def _judgements(self, block: Block) -> tuple[Judgement, ...]:
+    def _parts(self, setting: Setting, only: list[str], seeds: int | None) -> list[_Part]:
+        parts = []
+        for block in _distinct(self.experiment, setting):
+            rows = {row.name: row for row in block.rows if not only or row.name in only}
+            judgements = self._judgements(setting, block)
+            cells = {
+                name: [
+                    self._cell(name, row.method, setting, block, seed, judgements)
+                    for seed in range(setting.seeds if seeds is None else seeds)
+                ]
+                for name, row in rows.items()
+            }
+            parts.append(_Part(setting, block, rows, cells))
+        return parts
+
+    def _judgements(self, setting: Setting, block: Block) -> tuple[Judgement, ...]:
         if self.experiment.measure == "transfer":
-            return (Transferred(self.scale.transfer),)
+            return (Transferred(setting.transfer),)
         if self.experiment.measure == "black box":
-            surrogate = self._cell("surrogate", Standard(), block, _SURROGATE_SEED, ())
+            surrogate = self._cell("surrogate", Standard(), setting, block, _SURROGATE_SEED, ())
             run_cells([surrogate], 1, self.console)
-            return (Attacked((), self.scale.transfer.images), BlackBox((surrogate.folder,), self.scale.transfer))
-        return self.scale.judgements
+            return (Attacked((), setting.transfer.images), BlackBox((surrogate.folder,), setting.transfer))
+        return setting.judgements
 
-    def _cell(self, name: str, method: Method, block: Block, seed: int, judgements: tuple[Judgement, ...]) -> Cell:
-        config = self.scale.train_config(method, block.dataset, block.models, seed, self.experiment.per_epoch)
-        return make_cell(f"{block.title}, {name}", config, judgements, self.root, self.device, self.data_root)
+    def _cell(
+        self, name: str, method: Method, setting: Setting, block: Block, seed: int, judgements: tuple[Judgement, ...]
+    ) -> Cell:
+        config = setting.train_config(method, block.dataset, block.models, seed, self.experiment.per_epoch)
+        name = f"{setting.titled(block.title)}, {name}"
+        return make_cell(name, config, judgements, self.root, self.device, self.data_root)
 
 
-def _distinct(experiment: Experiment, scale: Scale) -> list[Block]:
-    """Without blocks that would be another one's trainings at this scale."""
+def _distinct(experiment: Experiment, setting: Setting) -> list[Block]:
+    """The blocks whose data the setting has, without those that would be another one's trainings in it."""
     blocks: dict[tuple[str, tuple[str, ...]], Block] = {}
     for block in experiment.blocks:
-        models = tuple(scale.models[model] for model in block.models)
-        blocks.setdefault((scale.datasets[block.dataset], models), block)
+        if block.dataset in setting.datasets:
+            models = tuple(setting.models[model] for model in block.models)
+            blocks.setdefault((setting.datasets[block.dataset], models), block)
     return list(blocks.values())

@@ -98,10 +98,23 @@ def verdicts(result: Reproduction) -> list[str]:
     return sentences
 
 
+def sentences(result: Reproduction) -> list[str]:
+    """What the numbers say, which trainings failed, and what was left out."""
+    return [*verdicts(result), *failures(result), *left_out(result)]
+
+
+def left_out(result: Reproduction) -> list[str]:
+    """One sentence per data set whose files are missing."""
+    return [
+        f"{setting.stands_in}: left out, there is no {setting.files} in the data folder (--data_root)."
+        for setting in result.left_out
+    ]
+
+
 def failures(result: Reproduction) -> list[str]:
     """One sentence per training that failed."""
     return [
-        f"{row.row.name}, seed {seed}: {reason}"
+        f"{block.title}, {row.row.name}, seed {seed}: {reason}"
         for block in result.blocks
         for row in block.rows
         for seed, reason in row.failures.items()
@@ -109,20 +122,20 @@ def failures(result: Reproduction) -> list[str]:
 
 
 def _what(result: Reproduction, block: BlockResult) -> str:
-    scale = result.scale
+    setting = block.setting
     counts = sorted({len(values) for row in block.rows for values in row.numbers.values() if values})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
     parts = [
-        f"Ours: {block.dataset}, {', '.join(block.models)}, eps {scale.evaluation.eps}, mean ± standard deviation over "
-        f"{seeds} seed(s)"
+        f"Ours: {', '.join(block.models)}, eps {setting.evaluation.eps}, mean ± standard deviation over {seeds} seed(s)"
     ]
     if result.experiment.measure == "attacks":
-        parts.append(f"PGD, MIM and CW of {scale.evaluation.steps} steps")
-    limited = [judgement for judgement in scale.judgements if judgement.images is not None]
+        parts.append(f"PGD, MIM and CW of {setting.evaluation.steps} steps")
+    limited = [judgement for judgement in setting.judgements if judgement.images is not None]
     if result.experiment.measure == "attacks":
         parts += [f"{', '.join(j.attacks)} on the first {j.images} test images" for j in limited]
-    if block.dataset != block.block.dataset:
-        parts.append(f"the paper's are of {block.block.dataset}: compare the differences between rows, not the values")
+    if setting.stands_in is not None:
+        data, models = block.block.dataset, ", ".join(dict.fromkeys(block.block.models))
+        parts.append(f"the paper's are of {data} with {models}: compare the differences between rows, not the values")
     return "; ".join(parts)
 
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ceat_fast.choices import require_choice
+from ceat_fast.ensemble.execution import AUTO, Execution
 from ceat_fast.methods import CEAT, Method
 from ceat_fast.training.averaging import EMA, SWA, WeightAverage
 from ceat_fast.training.checks import require, require_positive
 from ceat_fast.training.optimizers import SGD, Adam, AdamW, OptimizerConfig
+from ceat_fast.training.refusals import readable
 from ceat_fast.training.schedules import Cosine, MultiStep, OneCycle, Schedule
 from ceat_fast.training.settings import (
     AttackConfig,
@@ -57,6 +60,7 @@ __all__ = [
     "config_to_yaml",
     "differences",
     "load_config",
+    "setting_kinds",
     "setting_names",
 ]
 
@@ -123,6 +127,18 @@ class TrainConfig:
         require(self.eps_warmup_epochs >= 0, "eps_warmup_epochs", self.eps_warmup_epochs, "at least 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         require_choice("precision", self.precision, PRECISIONS)
+        if self.backend != AUTO:
+            Execution.parse(self.backend)
+        for name, rise in (
+            ("eps_warmup_epochs", self.eps_warmup_epochs),
+            ("schedule.warmup_epochs", self.schedule.warmup_epochs),
+        ):
+            require(rise <= self.epochs, name, rise, f"at most epochs={self.epochs}")
+        if isinstance(self.average, SWA):
+            start = self.average.start_epoch
+            require(start <= self.epochs, "average.start_epoch", start, f"at most epochs={self.epochs}")
+        if self.watch.overfitting == "stop" and not self.validation.images:
+            raise ValueError("watch.overfitting='stop' needs held-out images: set validation.images")
 
 
 def config_parser(*, with_config_option: bool = False) -> Any:
@@ -156,7 +172,8 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     try:
         return build_config(parser.parse_path(path))
     except (ArgumentError, ValueError) as error:
-        raise ValueError(f"config file {os.fspath(path)!r}: {error}") from error
+        text = readable(str(error), setting_names(), setting_kinds())
+        raise ValueError(f"config file {os.fspath(path)!r}: {text}") from error
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -171,18 +188,18 @@ def config_to_yaml(config: TrainConfig) -> str:
     return text
 
 
+def setting_kinds() -> dict[str, list[type]]:
+    """Setting -> the classes that it can be, for settings that have kinds."""
+    bases = {"method": Method, "optimizer": OptimizerConfig, "schedule": Schedule, "average": WeightAverage}
+    return {name: [kind for kind in _subclasses(base) if not isabstract(kind)] for name, base in bases.items()}
+
+
 def setting_names() -> set[str]:
-    """What a config can name: settings with their dots, those of every kind included, and the kinds themselves."""
-    names = {subclass.__name__ for kind in _KINDS for subclass in _subclasses(kind)}
-    for top in fields(TrainConfig):
-        value = getattr(TrainConfig(), top.name)
-        kind = next(
-            (kind for kind in _KINDS if isinstance(value, kind)), WeightAverage if top.name == "average" else None
-        )
-        classes = _subclasses(kind) if kind is not None else [type(value)]
-        inner = {f.name for cls in classes if is_dataclass(cls) for f in fields(cls)}
-        names |= {top.name, *(f"{top.name}.{name}" for name in inner)}
-    return names
+    """What a config can name: settings with their dots, those of every kind included."""
+    own = {f.name for f in fields(TrainConfig)}
+    tree = {action.dest for action in config_parser()._actions if action.dest.split(".")[0] in own}
+    of_kinds = {f"{name}.{f.name}" for name, kinds in setting_kinds().items() for kind in kinds for f in fields(kind)}
+    return {name for name in tree if not name.endswith(".help")} | of_kinds
 
 
 def _subclasses(kind: type[Any]) -> list[type[Any]]:
@@ -193,7 +210,7 @@ def _subclasses(kind: type[Any]) -> list[type[Any]]:
 
 
 def differences(a: TrainConfig, b: TrainConfig, ignore: Sequence[str] = ()) -> list[str]:
-    """Dotted names of the settings in which two configs differ, apart from the top-level ones to ignore."""
+    """Dotted names of the settings in which two configs differ, apart from those to ignore and what is below them."""
 
     def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -203,7 +220,8 @@ def differences(a: TrainConfig, b: TrainConfig, ignore: Sequence[str] = ()) -> l
 
     left, right = flatten(config_to_dict(a)), flatten(config_to_dict(b))
     names = sorted(left.keys() | right.keys())
-    return [n for n in names if n.split(".")[0] not in ignore and left.get(n, None) != right.get(n, None)]
+    ignored = tuple(f"{name}." for name in ignore)
+    return [n for n in names if not f"{n}.".startswith(ignored) and left.get(n) != right.get(n)]
 
 
 def _plain(value: Any) -> Any:

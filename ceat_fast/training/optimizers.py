@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class OptimizerConfig(ABC):
     lr: float = 0.01
     weight_decay: float = 1e-4
     grad_clip: float | None = None
+
+    kept_per_weight: ClassVar[int] = 2  # numbers in the optimizer's state, at most
 
     def __post_init__(self) -> None:
         require_positive(self, "optimizer.", "lr", "grad_clip")
@@ -56,6 +58,8 @@ class SGD(OptimizerConfig):
 
     momentum: float = 0.9
     nesterov: bool = False
+
+    kept_per_weight: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,6 +23,7 @@ from ceat_fast.training.seeds import stream_seed
 
 FREE_TO_CHANGE = (
     "out", "resume", "epochs", "device", "backend", "checkpoint", "watch", "parallel", "tensorboard", "evaluation",
+    "data.root",
 )  # fmt: skip
 KINDS = {"last": STEP, "best": BEST}
 

@@ -5,6 +5,7 @@ A checkpoint does not depend on how the members and batches were spread: another
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ceat_fast.ensemble import Ensemble, Execution
+from ceat_fast.ensemble import Ensemble, Execution, Tuned
 from ceat_fast.training.averaging import AveragedEnsemble
 from ceat_fast.training.checkpoint import (
     BEST,
@@ -61,6 +62,24 @@ class StateKeeper:
         kept = checkpoints(self.folder)
         return f"last checkpoint: {kept[0] if kept else 'none yet'}"
 
+    def require_space(self, keep: int) -> None:
+        """Refuse a disk that cannot hold the checkpoints to come: so many, and one more while it is written.
+
+        Raises:
+            OSError: says how much is free and how much is needed.
+        """
+        tensors = [*self.ensemble.parameters(), *self.ensemble.buffers()]
+        copies = 1 + (self.average is not None) + self.stepper.config.optimizer.kept_per_weight
+        own = copies * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        whole = own * self.layout.count / len(self.layout.members)
+        needed = whole * max(1, keep + 1 - len(checkpoints(self.folder)))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"the disk of {self.folder} has {free / 1e6:,.1f} MB free, and the checkpoints need about "
+                f"{needed / 1e6:,.1f} MB; make room, or choose another folder with out"
+            )
+
     def save(self, step: int, position: Position, metrics: EpochMetrics, keep: int) -> Path | None:
         """Save everything after that many steps, and keep so many checkpoints; the path, on the main process."""
         state = {
@@ -70,7 +89,7 @@ class StateKeeper:
             "averaged": self.average.count if self.average is not None else 0,
             "stepper": self.stepper.state(),
             # Another execution rounds in other ways.
-            "execution": str(self.ensemble.tuned) if self.ensemble.tuned is not None else None,
+            "executions": [str(execution) for execution in self.ensemble.tuned or ()],
         }
         weights, average = self._weights()
         if weights is None:
@@ -106,22 +125,22 @@ class StateKeeper:
             self.average.count = state["averaged"]
         self.stepper.optimizer.load_state([state["optimizer"][m] for m in self.layout.members])
         self.stepper.load_state(state["stepper"])
-        if state["execution"] is not None:
-            self.run_as(Execution.parse(state["execution"]))
+        if state["executions"]:
+            self.run_as(Tuned(*map(Execution.parse, state["executions"])))
         if self.layout.data_rank == 0:  # sums over the processes: one of them continues them
             metrics.load_state(state["metrics"])
         return Position(state["epoch"], state["batch"], state["seconds"])
 
-    def run_as(self, execution: Execution) -> None:
-        """Let the members, and their average, run in that execution where the backend is "auto"."""
-        self.ensemble.tuned = execution
+    def run_as(self, tuned: Tuned) -> None:
+        """Let the members, and their average, run in those executions where the backend is "auto"."""
+        self.ensemble.tuned = tuned
         if self.average is not None:
-            self.average.ensemble.tuned = execution
+            self.average.ensemble.tuned = tuned
 
     def has_finite_weights(self) -> bool:
         """Whether no weight in any process is NaN or infinite (reads the device)."""
         finite = torch.stack([parameter.isfinite().all() for parameter in self.ensemble.parameters()]).all()
-        return not self.layout.any(int(not finite))
+        return self.layout.largest(int(not finite)) == [0]
 
     def _weights(self) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
         """On the main process the state_dict of the ensemble of all members and, where there is one, of its average."""

@@ -35,7 +35,8 @@ from ceat_fast.training.validation import Validation, hold_out
 from ceat_fast.training.watch import NonFiniteLossError, Watch
 
 MEASURE_FROM_PASSES = 10_000
-READ_EVERY = 20  # batches between readings of the device: each one waits for the GPU
+READ_EVERY = 20  # batches between readings of the device, at most: each one waits for the GPU
+READ_SECONDS = 5.0  # between readings, about, where batches take longer: signals and the progress wait for them
 
 
 class Trainer:
@@ -97,6 +98,7 @@ class Trainer:
         self.console = console or Console(stderr=True, quiet=not self.layout.is_main)
         self.callbacks = [*callbacks, *([TensorBoard()] if config.tensorboard else [])]
         self.metrics = EpochMetrics(self.ensemble.combine)
+        self._read_every = 1  # until it is known how long a batch takes
         self.run = Run(config.out)
         with self.layout.main_first():
             if self.layout.is_main:
@@ -143,7 +145,7 @@ class Trainer:
             while self.position.epoch < self.config.epochs:
                 self._train_epoch(interrupts, progress)
                 self._finish_epoch(watch, progress)
-                signal = self.layout.any(interrupts.requested)
+                (signal,) = self.layout.largest(interrupts.requested)
                 if signal or self._saves_now():
                     path = self._save()
                 if signal and self.position.epoch < self.config.epochs:
@@ -153,10 +155,13 @@ class Trainer:
 
     def _choose_execution(self) -> None:
         """Measure once how the members run fastest, where the run is long enough for that; later sessions keep it."""
-        passes = (self.config.attack.steps + 2) * self.batches * self.config.epochs
-        if self.layout.is_alone and not self.steps_done and passes >= MEASURE_FROM_PASSES:
+        steps = self.batches * self.config.epochs
+        # Most methods train on clean and on adversarial inputs.
+        passes, updates = self.config.attack.steps * steps, 2 * steps
+        if self.layout.is_alone and not self.steps_done and passes + updates >= MEASURE_FROM_PASSES:
             first = self.images[: self.config.batch_size].float() / self.dataset.scale
-            self.keeper.run_as(tune(self._local, first, precision=self.config.attack.precision, passes=passes))
+            precision = self.config.attack.precision
+            self.keeper.run_as(tune(self._local, first, precision=precision, passes=passes, updates=updates))
 
     def _train_epoch(self, interrupts: Interrupts, progress: TrainingProgress) -> None:
         """The batches of the epoch that are still to be done."""
@@ -178,9 +183,11 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_step(self, output)
             last = position.batch == self.batches  # what is due then waits for the end of the epoch
-            reading = last or position.batch % READ_EVERY == 0
+            reading = last or position.batch % self._read_every == 0
             saving = not last and self._saves_now()
-            signal = self.layout.any(interrupts.requested) if not last and (reading or self.layout.is_alone) else 0
+            signal = interrupts.requested if self.layout.is_alone and not last else 0
+            if reading and not last:
+                signal = self._agree(interrupts.requested)
             if reading or saving or signal:
                 self._require_finite(losses)
                 losses.clear()
@@ -211,6 +218,13 @@ class Trainer:
         self.position, self.metrics = Position(position.epoch + 1), EpochMetrics(self.ensemble.combine)
         if record.get("val_adv_accuracy", -1.0) > best:
             self.keeper.save_best(self.steps_done)
+
+    def _agree(self, signal: int) -> int:
+        """A signal to any process; also sets, alike in all of them, when they read next."""
+        milliseconds = round(1000 * self.position.seconds / self.position.batch)
+        signal, slowest = self.layout.largest(signal, milliseconds)
+        self._read_every = max(1, min(READ_EVERY, int(1000 * READ_SECONDS) // max(1, slowest)))
+        return signal
 
     def _interruption(self, signal: int, saved: Path | None) -> TrainingInterrupted:
         place = "" if saved is None else f"; saved {saved}"
@@ -276,6 +290,7 @@ class Trainer:
             with self.layout.main_first():
                 if self.layout.is_main:
                     stack.enter_context(self.run.lock())
+                    self.keeper.require_space(self.config.checkpoint.keep)
                     remove_temporaries(self.run.checkpoints)
                     self.run.forget_metrics_after(self.position.epoch)
             yield

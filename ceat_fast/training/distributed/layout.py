@@ -150,13 +150,13 @@ class Layout:
             gradients, [part.view_as(g) for part, g in zip(torch.split(total, sizes), gradients, strict=True)]
         )
 
-    def any(self, flag: int) -> int:
-        """The largest of the processes' numbers, for all of them to act alike."""
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of the processes' numbers, one by one, for all of them to act alike."""
         if self.is_alone:
-            return flag
-        number = torch.tensor(flag, device=self.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number.item())
+            return list(numbers)
+        tensor = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return [int(number) for number in tensor.tolist()]
 
     def from_main(self, value: Any) -> Any:
         """What the main process gives, a plain value."""
@@ -181,10 +181,6 @@ class Layout:
         if not self.is_alone:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, src=0)
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.any(0)
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
