@@ -17,6 +17,7 @@ from ceat_fast.ensemble import frozen, tune
 from ceat_fast.methods import CEAT
 from ceat_fast.methods.base import Batch
 from ceat_fast.models import build_model
+from ceat_fast.models.resnet import CIFAR10_STATISTICS, ResNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,13 +30,19 @@ class Setting:
     members: int = 3
     batch: int = 128
     side: int = 32
+    width: int = 16  # channels of the first stage; another width is for ResNet-20
     steps: int = 10
     device: str = "cpu"
     precision: str = "fp32"  # that of the attack's search
 
     def build(self) -> list[nn.Module]:
         torch.manual_seed(0)
-        return [build_model(self.model, 10, 3).to(self.device).train() for _ in range(self.members)]
+        return [self._network().to(self.device).train() for _ in range(self.members)]
+
+    def _network(self) -> nn.Module:
+        if self.width == 16:
+            return build_model(self.model, 10, 3)
+        return ResNet([3] * 3, [self.width, 2 * self.width, 4 * self.width], 10, CIFAR10_STATISTICS)
 
     def data(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -65,10 +72,11 @@ def peer_calls(members: list[nn.Module], setting: Setting, compiled: bool) -> li
 
 
 def our_ensemble(setting: Setting, compiled: bool) -> tuple[Ensemble, PGD]:
-    """Our ensemble in the executions that are the fastest here for a long job, and the attack."""
+    """Our ensemble and the attack; with `compiled`, in the executions that are the fastest here for a long job."""
     ensemble = Ensemble(setting.build())
-    count = 1_000_000 if compiled else 0
-    tune(ensemble, setting.data()[0], precision=setting.precision, passes=count, updates=count, remember=False)
+    if compiled:
+        x, many = setting.data()[0], 1_000_000
+        tune(ensemble, x, precision=setting.precision, passes=many, updates=many, remember=False)
     return ensemble, PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
 
 

@@ -34,18 +34,23 @@ def bar_figure(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def growth_figure(results: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of a PGD attack over each quantity that was varied."""
+    """Seconds and memory of a PGD attack over each quantity that was varied."""
     varied = list(dict.fromkeys(result["varied"] for result in results))
-    figure, axes = plt.subplots(1, len(varied), figsize=(3.2 * len(varied), 3), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], varied, strict=True):
+    size = (3.2 * len(varied), 5)
+    figure, axes = plt.subplots(2, len(varied), figsize=size, layout="constrained", squeeze=False, sharex="col")
+    for column, name in enumerate(varied):
         rows = [result for result in results if result["varied"] == name]
         x = [row["setting"][name] for row in rows]
         for way in ("author", "ceat_fast"):
-            axis.plot(x, [row["seconds"][way]["median"] for row in rows], "o-", color=COLOURS[way], label=way)
-        axis.set_xlabel(name)
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
+            seconds = [row["seconds"][way]["median"] for row in rows]
+            mebibytes = [row["peak_bytes"][way] / 2**20 for row in rows]
+            for axis, values in zip(axes[:, column], (seconds, mebibytes), strict=True):
+                axis.plot(x, values, "o-", color=COLOURS[way], label=way)
+                axis.set_ylim(bottom=0)
+                axis.spines[["top", "right"]].set_visible(False)
+        axes[1][column].set_xlabel(name)
     axes[0][0].set_ylabel("seconds")
+    axes[1][0].set_ylabel("MiB at the peak")
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

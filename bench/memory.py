@@ -1,4 +1,7 @@
-"""Peak memory of one training step, in a process of its own; run by throughput.py."""
+"""Peak memory: what torch allocates during a call, and what a process of its own takes for a training step.
+
+The first can be repeated to the byte. The second has the libraries' own buffers in it, and what malloc keeps.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,43 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import profile
 
 
-def peak_memory(name: str, setting: dict[str, Any]) -> float:
-    """Bytes that one step of that candidate takes at its peak: on a CPU of the whole process, above its start."""
+def allocated(call: Callable[[], object], device: str) -> int:
+    """Bytes that torch has allocated at the peak of a call, above those before it."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    now = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def step_memory(name: str, setting: dict[str, Any]) -> dict[str, int]:
+    """Peak bytes of that candidate's first two training steps, in a process of its own: allocated and resident."""
     command = [sys.executable, str(Path(__file__)), name, json.dumps(setting)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(answer.split()[-1])
+    peaks: dict[str, int] = json.loads(answer.splitlines()[-1])
+    return peaks
 
 
 def main() -> None:
@@ -24,11 +53,17 @@ def main() -> None:
 
     name, setting = sys.argv[1], Setting(**json.loads(sys.argv[2]))
     step = step_candidates(setting, compiled=False)[name]
-    on_gpu = setting.device.startswith("cuda")
-    before = torch.cuda.memory_allocated() if on_gpu else resident()
-    step()
-    step()
-    print((torch.cuda.max_memory_allocated() if on_gpu else highest()) - before)
+
+    def two_steps() -> None:
+        step()
+        step()
+
+    before = resident()
+    two_steps()
+    peaks = {"resident": highest() - before}
+    # A fresh one: what it keeps between steps counts too. The attack's length makes no difference to the peak.
+    step = step_candidates(replace(setting, steps=2), compiled=False)[name]
+    print(json.dumps(peaks | {"allocated": allocated(two_steps, setting.device)}))
 
 
 def resident() -> int:

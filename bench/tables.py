@@ -63,17 +63,29 @@ def loss_table(results: list[dict[str, Any]], copy_rate: float) -> Table:
     return table
 
 
+def memory_table(peaks: dict[str, dict[str, int]]) -> Table:
+    table = Table(title="Peak memory of a training step, MiB")
+    for heading in ("way", "allocated by torch", "of the process"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for name, peak in peaks.items():
+        table.add_row(name, *(f"{peak[kind] / 2**20:,.1f}" for kind in ("allocated", "resident")))
+    return table
+
+
 def growth_table(results: list[dict[str, Any]]) -> Table:
-    table = Table(title="PGD seconds as one thing grows")
-    for heading in ("varied", "value", "author", "ceat_fast", "faster by"):
+    table = Table(title="PGD as one thing grows")
+    for heading in ("varied", "value", "author, s", "ceat_fast, s", "faster by", "author, MiB", "ceat_fast, MiB"):
         table.add_column(heading, justify="right")
     for result in results:
         seconds = {name: timing["median"] for name, timing in result["seconds"].items()}
+        mebibytes = {name: peak / 2**20 for name, peak in result["peak_bytes"].items()}
         table.add_row(
             result["varied"],
             str(result["setting"][result["varied"]]),
             f"{seconds['author']:.3g}",
             f"{seconds['ceat_fast']:.3g}",
             f"{result['speedup']['author']:.2f}x",
+            f"{mebibytes['author']:,.0f}",
+            f"{mebibytes['ceat_fast']:,.0f}",
         )
     return table

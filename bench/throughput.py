@@ -22,9 +22,9 @@ import torch
 from ceilings import ceilings
 from contenders import DTYPES, Setting, attack_flops, ladder_candidates, pgd_candidates, step_candidates
 from figures import bar_figure, growth_figure, loss_figure
-from memory import peak_memory
+from memory import allocated, step_memory
 from rich.console import Console
-from tables import growth_table, ladder_table, loss_table, rate_table
+from tables import growth_table, ladder_table, loss_table, memory_table, rate_table
 from timing import Timing, compare
 from torch import Tensor
 
@@ -56,20 +56,20 @@ def record(setting: Setting, timings: dict[str, Timing]) -> dict[str, Any]:
 
 
 def measure_growth(setting: Setting, quick: bool, rounds: int) -> list[dict[str, Any]]:
-    """Author-style loop against ours as members, batch, image side and steps grow, one at a time."""
-    small = replace(setting, batch=32, steps=2)
-    grid = {"members": (1, 3, 8), "batch": (8, 64), "side": (16, 64), "steps": (1, 10)}
+    """Author-style attack against ours as members, batch, width and steps grow, one at a time: seconds and memory."""
+    small = replace(setting, model="resnet20", batch=32, steps=2)
+    grid = {"members": (1, 2, 4, 8), "batch": (8, 32, 128), "width": (8, 16, 32), "steps": (1, 4, 16)}
     if quick:
         grid = {"members": (1, 3)}
-    else:
-        grid["members"] = (1, 2, 3, 4, 6, 8)
     results = []
     for name, values in grid.items():
         for value in values:
             at = replace(small, **{name: value})
-            candidates = pgd_candidates(at, compiled=False)
-            timings = compare({k: candidates[k] for k in ("author", "ceat_fast")}, rounds=rounds, device=at.device)
-            results.append({"varied": name} | record(at, timings))
+            every = pgd_candidates(at, compiled=False)
+            candidates = {way: every[way] for way in ("author", "ceat_fast")}
+            timings = compare(candidates, rounds=rounds, device=at.device)
+            bytes_at_peak = {way: allocated(call, at.device) for way, call in candidates.items()}
+            results.append({"varied": name} | record(at, timings) | {"peak_bytes": bytes_at_peak})
     return results
 
 
@@ -109,9 +109,9 @@ def loss_call(loss: Callable[..., Tensor], adv: Tensor, nat: Tensor, target: Ten
     return call
 
 
-def measure_memory(setting: Setting) -> dict[str, float]:
-    """Peak bytes of one training step above those of the imported program, each way in a process of its own."""
-    return {name: peak_memory(name, asdict(setting)) for name in ("author", "eager", "ceat_fast")}
+def measure_memory(setting: Setting) -> dict[str, dict[str, int]]:
+    """Peak bytes of training steps, each way in a process of its own."""
+    return {name: step_memory(name, asdict(setting)) for name in ("author", "eager", "ceat_fast")}
 
 
 def run(arguments: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
@@ -154,8 +154,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Iterator[dict[str, A
         yield report
     if "memory" in arguments.parts:
         report["memory"] = measure_memory(settings[-1])
-        peaks_mb = ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in report["memory"].items())
-        console.print(f"Peak memory of a training step: {peaks_mb}", highlight=False)
+        console.print(memory_table(report["memory"]))
         yield report
     if "growth" in arguments.parts:
         report["growth"] = measure_growth(settings[-1], arguments.quick, rounds)

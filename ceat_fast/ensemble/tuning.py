@@ -132,7 +132,10 @@ def _measure(kind: str, ensemble: Ensemble, x: Tensor, precision: str, count: in
 def _race(
     kind: str, ensemble: Ensemble, x: Tensor, precision: str, executions: Sequence[Execution]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(median seconds of each execution over interleaved rounds, why others cannot run)."""
+    """(median seconds of each execution over interleaved rounds, why others cannot run).
+
+    What takes twice as long as another at the first measurement does not take part in the rounds.
+    """
     calls: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
     for execution in executions:
@@ -144,11 +147,13 @@ def _race(
             failed[str(execution)] = f"out of memory: {error}"
         except Exception as error:  # what vmap or a compiler cannot do with a foreign module
             failed[str(execution)] = f"{type(error).__name__}: {error}".splitlines()[0]
-    repeats = {name: max(1, round(_ROUND_SECONDS / _timed(call, 1, x.device))) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    once = {name: _timed(call, 1, x.device) for name, call in calls.items()}
+    samples = {name: [seconds] for name, seconds in once.items()}
+    close = [name for name, seconds in once.items() if seconds < 2 * min(once.values())]
     for _ in range(_ROUNDS):
-        for name, call in calls.items():
-            samples[name].append(_timed(call, repeats[name], x.device) / repeats[name])
+        for name in close:
+            repeats = max(1, round(_ROUND_SECONDS / once[name]))
+            samples[name].append(_timed(calls[name], repeats, x.device) / repeats)
     return {name: statistics.median(times) for name, times in samples.items()}, failed
 
 
