@@ -5,7 +5,8 @@
 Every ensemble is trained first (or taken from the folder of an earlier call), on the digits that come with the package
 or on a part of CIFAR-10 in DATA. The images are attacked in chunks, by one contender after the other, so that a slow
 minute hits all of them. --quick judges fewer images of the digits with a tenth of the budget. The contenders are
-pyautoattack on the ensemble as it is, ceat_fast in fp32, and in mixed precision where the device has one.
+pyautoattack on the ensemble as it is, ceat_fast in fp32, and in mixed precision where the device has instructions for
+bf16; where it has none, mixed precision would be the same search in fp32 again.
 """
 
 from __future__ import annotations
@@ -219,11 +220,16 @@ def main() -> None:
             numbers = torch.arange(arguments.first, min(arguments.first + images, len(data.test_labels)))
             found = contenders(model, subject.eps, settings, arguments.other_seed)
             results[name] = compare(found, model, data, numbers.split(arguments.chunk))
-            console.print(table(f"{name}, eps {subject.eps:.4f}, {images} images", results[name]))
+            console.print(table(f"{name}, eps {subject.eps:.4f}, {len(numbers)} images", results[name]))
+            if "ceat_fast, mixed" not in found:
+                console.print(
+                    f"no row for mixed precision: {arguments.device} has no bf16 instructions, it searches in fp32"
+                )
     if arguments.json:
         document = {
             "budget": "quick" if arguments.quick else "standard",
             "images": [arguments.first, images],
+            "mixed_precision_searches_in": resolve_precision("auto", model),
             "ensembles": results,
             "environment": describe_environment(),
         }
