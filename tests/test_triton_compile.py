@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ceat_fast.ops import triton_backend
+from ceat_fast.ops import convolution, triton_backend
 from ceat_fast.ops.reference import CeatSettings
 
 pytestmark = [
@@ -60,12 +60,15 @@ def compile_launches(request, monkeypatch):
     """Function that makes a call of the backend and returns the kernels which the call would have launched."""
     from triton.runtime import driver
 
-    from ceat_fast.ops import triton_kernels
+    from ceat_fast.ops import convolution_kernel, triton_kernels
 
     compiled = []
     names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
     kernels = {name: CompileInsteadOfLaunch(getattr(triton_kernels, name), compiled) for name in names}
     monkeypatch.setattr(triton_backend, "_kernels", lambda: SimpleNamespace(tl=triton_kernels.tl, **kernels))
+
+    member_convolution = CompileInsteadOfLaunch(convolution_kernel.member_convolution_kernel, compiled)
+    monkeypatch.setattr(convolution, "_kernel", lambda: member_convolution)
 
     def run(call, *args):
         compiled.clear()
@@ -135,3 +138,23 @@ def test_pgd_step(compile_launches):
 def test_scale_gradients(compile_launches):
     grad = torch.zeros(3, 4, 10, dtype=torch.bfloat16)
     assert_good_machine_code(compile_launches(triton_backend._scale_gradients, grad, grad, torch.ones(3)))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("channels", "filters", "stride"), [(16, 16, 1), (32, 64, 2)])
+def test_member_convolution(compile_launches, channels, filters, stride, backward):
+    x = torch.zeros(3, 4, 8, 8, channels, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(3, 9, channels, filters, dtype=torch.bfloat16)
+    residual = torch.zeros(3, 4, 8 // stride, 8 // stride, filters, dtype=torch.bfloat16)
+    out = []
+
+    def forward():
+        bias = torch.zeros(3, filters)
+        out.append(convolution.member_convolution(x, weight, bias, residual, stride=stride))
+
+    kernels = compile_launches(forward)
+    if backward:
+        kernels = compile_launches(out[0].backward, torch.zeros_like(out[0]))
+    assert_good_machine_code(kernels)
+    assert re.search("mma.sync|wgmma|tcgen05.mma", kernels[0].asm["ptx"])
+    assert re.search(r"st\.local|ld\.local", kernels[0].asm["ptx"]) is None

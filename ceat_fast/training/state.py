@@ -89,7 +89,7 @@ class StateKeeper:
             "averaged": self.average.count if self.average is not None else 0,
             "stepper": self.stepper.state(),
             # Another execution rounds in other ways.
-            "executions": [str(execution) for execution in self.ensemble.tuned or ()],
+            "execution": [str(way) for way in self.ensemble.tuned] if self.ensemble.tuned else None,
         }
         weights, average = self._weights()
         if weights is None:
@@ -125,8 +125,8 @@ class StateKeeper:
             self.average.count = state["averaged"]
         self.stepper.optimizer.load_state([state["optimizer"][m] for m in self.layout.members])
         self.stepper.load_state(state["stepper"])
-        if state["executions"]:
-            self.run_as(Tuned(*map(Execution.parse, state["executions"])))
+        if state["execution"] is not None:
+            self.run_as(Tuned(*map(Execution.parse, state["execution"])))
         if self.layout.data_rank == 0:  # sums over the processes: one of them continues them
             metrics.load_state(state["metrics"])
         return Position(state["epoch"], state["batch"], state["seconds"])
