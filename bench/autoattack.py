@@ -16,7 +16,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +93,13 @@ class Passes(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(forwards=0, backwards=0)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         self.counts["forwards"] += len(x)
         if x.requires_grad:
-            x.register_hook(self._count)
+            x.register_hook(self._count)  # type: ignore[no-untyped-call]
         logits: Tensor = self.model(x)
         return logits
 
@@ -114,14 +114,15 @@ class Contender:
         self.attack = attack
         self.model = Passes(model) if attack.backend == "reference" else model
         self.parts: list[AttackResult] = []
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def run(self, x: Tensor, y: Tensor, index: Tensor) -> None:
         began = time.perf_counter()
         part = self.attack.run(self.model, x, y, index)
         self.parts.append(part)
         self.seconds["total"] += time.perf_counter() - began
-        self.seconds.update(part.seconds)
+        for name, seconds in part.seconds.items():
+            self.seconds[name] += seconds
 
     @property
     def fooled(self) -> Tensor:
@@ -219,7 +220,7 @@ def main() -> None:
             model = train(name, subject, data, Path(arguments.runs or temporary), arguments.device)
             numbers = torch.arange(arguments.first, min(arguments.first + images, len(data.test_labels)))
             found = contenders(model, subject.eps, settings, arguments.other_seed)
-            results[name] = compare(found, model, data, numbers.split(arguments.chunk))
+            results[name] = compare(found, model, data, torch.split(numbers, arguments.chunk))
             console.print(table(f"{name}, eps {subject.eps:.4f}, {len(numbers)} images", results[name]))
             if "ceat_fast, mixed" not in found:
                 console.print(

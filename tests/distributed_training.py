@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tiny_training import At, train
 from torch import Tensor, nn
 
+from ceat_fast.cli import main as command_line
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.methods import CEAT, EAT, StepOutput
 from ceat_fast.training import (
@@ -33,6 +34,7 @@ from ceat_fast.training import (
     TrainingInterrupted,
     ValidationConfig,
 )
+from ceat_fast.training.config import config_to_yaml
 from ceat_fast.training.distributed import process_group
 
 STEPS = 20
@@ -87,7 +89,8 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
 
 
 class CountMessages(Callback):
-    """Writes how many all-reduces of how many bytes came between the first and the second step, by process."""
+    """Writes how many all-reduces of how many bytes came between the second and the third step, by process. (After the
+    first one the processes agree on how often they read.)"""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -100,7 +103,7 @@ class CountMessages(Callback):
         dist.all_reduce = counted
 
     def on_step(self, trainer: Trainer, output: StepOutput) -> None:
-        if trainer.steps_done == 2:
+        if trainer.steps_done == 3:
             path = trainer.run.folder / f"messages-{os.environ['RANK']}.json"
             path.write_text(json.dumps({"messages": len(self.sizes), "bytes": sum(self.sizes)}))
         self.sizes.clear()
@@ -112,16 +115,26 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "data_local_statistics": {"parallel": ParallelConfig(sync_batchnorm=False), "epochs": 2},
     "members": {"parallel": ParallelConfig(members=2)},
     "members_eat": {"parallel": ParallelConfig(members=2), "method": EAT(), "epochs": 5},
-    "members_filtered": {"parallel": ParallelConfig(members=2), "method": CEAT(samples="consistent", impl="torch")},
+    "members_filtered": {
+        "parallel": ParallelConfig(members=2),
+        "method": CEAT(samples="consistent", impl="torch"),
+        "epochs": 5,
+    },
     "members_bf16": {"parallel": ParallelConfig(members=2), "precision": "bf16", "epochs": 5},
     "own_data": {"epochs": 3},
     "own_members": {"epochs": 3, "parallel": ParallelConfig(members=2)},
     "own_members_logit": {"epochs": 3, "parallel": ParallelConfig(members=2)},
     "interrupted": {"parallel": ParallelConfig(members=2)},
     "failing": {},
-    "counted_data": {"epochs": 1, "batch_size": 16},
-    "counted_members": {"epochs": 1, "batch_size": 16, "parallel": ParallelConfig(members=2)},
-    "mesh": {"parallel": ParallelConfig(members=2)},
+    "killed": {},
+    "counted_data": {"epochs": 1, "batch_size": 16, "data": DataConfig("digits", train_images=80)},
+    "counted_members": {
+        "epochs": 1,
+        "batch_size": 16,
+        "data": DataConfig("digits", train_images=80),
+        "parallel": ParallelConfig(members=2),
+    },
+    "mesh": {"parallel": ParallelConfig(members=2), "epochs": 5},
 }
 
 
@@ -135,7 +148,14 @@ def main(folder: str, *names: str) -> None:
         for name in names:
             settings = config(Path(folder) / name, **SCENARIOS[name])
             if name == "failing":
+                print("all others have ended", flush=True)
                 train(settings, callbacks=[At(3, lambda: sys.exit("the second process fails") if second else None)])
+            elif name == "killed":
+                train(settings, callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGKILL) if second else None)])
+            elif name == "mesh":
+                path = Path(folder) / f"mesh-{os.environ['RANK']}.yaml"
+                path.write_text(config_to_yaml(settings))
+                assert command_line(["train", "--config", str(path)]) == 0
             elif name.startswith("own"):
                 train(settings, ensemble=given_ensemble(int(os.environ["RANK"]), AVERAGES[name]))
             elif name.startswith("counted"):

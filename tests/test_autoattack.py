@@ -181,22 +181,52 @@ def test_refuses_input(attack):
         ((model, x, y - 10), "y must not be negative"),
         ((model, x, y[:3]), "y must be int64 of shape"),
         ((small_net().train(), x, y), "model is in train mode"),
-        ((nan, x, y), "model returned NaN logits on 4 of 4 samples"),
+        ((nan, x, y), "model returned NaN or infinite logits on 4 of 4 samples"),
     ):
         with pytest.raises(ValueError, match=message):
             attack(*bad)
 
 
-def test_refuses_nan_that_comes_up_on_the_way():
-    class Trap(nn.Module):
-        def forward(self, x):
-            logits = torch.stack([1 + 0 * x.flatten(1).sum(1), x.flatten(1).sum(1) / 100, 0 * x.flatten(1).sum(1)], 1)
-            return torch.where(x.flatten(1).amax(1, keepdim=True) > 0.5001, torch.nan, logits)
+class Trap(nn.Module):
+    """Sure of class 0, until an entry is above a half: then the logit of that class is broken."""
 
-    x = torch.full((3, 1, 2, 2), 0.5)
+    def __init__(self, broken):
+        super().__init__()
+        self.broken = broken
+
+    def forward(self, x):
+        total = x.flatten(1).sum(1)
+        logits = torch.stack([1 + 0 * total, total / 100, 0 * total], 1)
+        beyond = (x.flatten(1).amax(1, keepdim=True) > 0.5001) & (torch.arange(3) == 0)
+        return torch.where(beyond, self.broken, logits)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_refuses_broken_logits_that_come_up_on_the_way(broken):
+    """An infinite logit of the true class would look like a robust sample."""
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
     for attack in (APGD(0.1, steps=5), FAB(0.1, steps=5), Square(0.1, queries=5)):
-        with pytest.raises(ValueError, match=r"model returned NaN logits on [1-3] of 3 attacked rows"):
-            attack(Trap().eval(), x, torch.zeros(3, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"model returned NaN or infinite logits on [1-3] of 3"):
+            attack(Trap(broken).eval(), x, y)
+    with pytest.raises(ValueError, match="model returned NaN or infinite logits on 3 of 3 samples"):
+        Square(0.1, queries=5)(Trap(broken).eval(), x + 0.1, y)
+
+
+def test_a_class_may_be_ruled_out():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small_net()
+
+        def forward(self, x):
+            return torch.where(torch.arange(10) == 9, -torch.inf, self.model(x))
+
+    model = Masked().eval()
+    x, y = correct_batch(model, 6)
+    with pytest.warns(UserWarning, match="apgd-t: zero gradient"):  # towards that class
+        result = AutoAttack(0.03, **SHORT).run(model, x, y)
+    assert result.fooled.sum() > 0
+    assert (result.prediction != 9).all()
 
 
 def test_refuses_a_model_without_gradient():

@@ -50,6 +50,15 @@ def test_train_evaluate_report(config: str, tmp_path: Path, capsys: pytest.Captu
     options = ["--config", config, "--out", str(run), "--method.mu", "2", "--optimizer.lr", "0.05"]
     assert main(["train", *options]) == 0
     assert f"next: ceat-fast evaluate {run}" in capsys.readouterr().out
+    assert {path.name for path in (run / "figures").iterdir()} == {
+        "loss-mean-over-members.png",
+        "cross-entropy-adversarial.png",
+        "training-accuracy-adversarial.png",
+        "clean-weight.png",
+        "adversarial-weight.png",
+        "clean-disparity.png",
+        "adversarial-disparity.png",
+    }
     stored = load_config(run / "config.yaml")
     assert stored.method.settings["lam"] == 5.0
     assert stored.method.settings["mu"] == 2.0
@@ -111,7 +120,7 @@ def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch-size", "3"], "did you mean 'batch_size'?"),
         (["--decay", "0.9"], "did you mean 'average.decay'?"),
         (["--learning_rate", "3"], "allowed: attack, average, backend,"),
-        (["--optimizer", "Adam", "--optimizer.momentum", "0"], "allowed: optimizer.beta1, optimizer.beta2, optimizer.eps,"),
+        (["--optimizer", "Adam", "--optimizer.momentum", "0"], "allowed: optimizer.beta1, optimizer.beta2, "),
         (["--data", "digits"], "allowed: data.augment, data.name, data.root, data.train_images"),
         (["--data.name", "cifar"], "did you mean 'cifar10'?"),
         (["--data.name", "digits", "--models", "[resnet21]"], "unknown model 'resnet21' (did you mean 'resnet"),

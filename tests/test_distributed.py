@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from ceat_fast.ensemble import Ensemble
 from ceat_fast.loss import ceat_loss, ensemble_cross_entropy
 from ceat_fast.training import ParallelConfig, Run
 from ceat_fast.training.checkpoint import checkpoints, load_weights
-from ceat_fast.training.config import config_to_yaml
 from ceat_fast.training.distributed import Layout, SpreadEnsemble, SynchronisedBatchNorm
 from ceat_fast.training.distributed.layout import split
 from ceat_fast.training.distributed.members import logits_of
@@ -83,9 +83,22 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "interrupted",
     ]
     names += ["counted_data", "counted_members", *AVERAGES]
-    result = torchrun(2, PROGRAM, str(folder), *names)
-    assert result.returncode == 0, result.stderr
+    result = torchrun(2, PROGRAM, str(folder), *names, "failing")
+    assert result.stdout.count("all others have ended") == 2, result.stderr
+    assert result.returncode != 0
     (folder / "output").write_text(result.stdout)
+    (folder / "errors").write_text(result.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four processes, and one of which the second was killed."""
+    folder = tmp_path_factory.mktemp("four")
+    result = torchrun(4, PROGRAM, str(folder), "mesh", "killed")
+    assert result.returncode != 0
+    (folder / "output").write_text(result.stdout)
+    (folder / "errors").write_text(result.stderr)
     return folder
 
 
@@ -112,14 +125,11 @@ def test_without_synchronised_statistics_the_losses_differ(two: Path) -> None:
     assert abs(ours[0]["loss"] - theirs[0]["loss"]) > 1e-3
 
 
-def test_four_processes_in_a_mesh_train_like_one(tmp_path: Path) -> None:
+def test_four_processes_in_a_mesh_train_like_one(four: Path, tmp_path: Path) -> None:
     """By the command line."""
-    settings = config(tmp_path / "four", **SCENARIOS["mesh"])
-    (tmp_path / "mesh.yaml").write_text(config_to_yaml(settings))
-    result = torchrun(4, "-m", "ceat_fast", "train", "--config", str(tmp_path / "mesh.yaml"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("next: ceat-fast evaluate") == 1
-    assert largest_difference(alone("mesh", tmp_path), Run.open(tmp_path / "four")) < 1e-5
+    assert (four / "output").read_text().count("next: ceat-fast evaluate") == 1
+    assert (four / "mesh" / "figures" / "loss-mean-over-members.png").is_file()
+    assert largest_difference(alone("mesh", tmp_path), Run.open(four / "mesh")) < 1e-5
 
 
 def test_one_process_continues_what_two_began(two: Path, tmp_path: Path) -> None:
@@ -143,10 +153,16 @@ def test_a_signal_to_one_process_saves_and_ends_all(two: Path, tmp_path: Path) -
     assert largest_difference(finished, Run.open(two / "members")) < 1e-5
 
 
-def test_a_process_that_fails_ends_the_job_and_shows_its_error(tmp_path: Path) -> None:
-    result = torchrun(2, PROGRAM, str(tmp_path), "failing")
-    assert result.returncode != 0
-    assert "the second process fails" in result.stderr
+def test_a_process_that_fails_ends_the_job_and_shows_its_error(two: Path) -> None:
+    assert "the second process fails" in (two / "errors").read_text()
+    assert len(Run.open(two / "failing").metrics) == 2
+
+
+def test_a_process_that_is_killed_ends_the_job_and_is_named(four: Path) -> None:
+    errors = (four / "errors").read_text()
+    assert re.search(r"rank +: 1 .*exitcode +: -9", errors, re.DOTALL), errors
+    assert checkpoints(four / "killed" / "checkpoints") == []
+    assert len(Run.open(four / "killed").metrics) == 2
 
 
 def test_what_is_sent_is_what_the_documentation_computes(two: Path, repository: Path, monkeypatch: Any) -> None:
@@ -271,3 +287,9 @@ def test_what_cannot_be_arranged_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=32 cuts 98 training images into batches of which one has 2"):
         layout.require_batches(98, 32)
     layout.require_batches(100, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        patch.setattr(dist, "get_rank", lambda: 0)
+        patch.setattr(dist, "get_world_size", lambda: 4)
+        with pytest.raises(ValueError, match=r"parallel\.members=4 needs at least as many members, got 3"):
+            Layout(device, 3, 4)

@@ -237,9 +237,9 @@ def test_the_columns_of_the_papers_table_and_sweeps() -> None:
     assert found["AA"].version == "standard"
     assert {attack.seed for attack in found.values()} == {3}
     restarted = columns(AttackConfig(steps=10, restarts=5, precision="auto"), EvaluationConfig(["PGD", "MIM", "AA"]))
-    assert list(restarted) == ["PGD-10x5", "MIM-10x5", "AA"]
+    assert list(restarted) == ["PGD-10x5", "MIM-10x5", "AA mixed"]
     assert restarted["MIM-10x5"].random_start  # restarts without it would repeat one search
-    assert restarted["AA"].precision == "mixed"
+    assert restarted["AA mixed"].precision == "mixed"
     assert list(columns(AttackConfig(), EvaluationConfig([], eps_sweep=[0.1]))) == ["PGD-10 eps 0.1", "PGD-10"]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import EvaluationResult, JournalMismatchError, evaluate, load_adversarials
 from ceat_fast.evaluation.journal import Journal
+from ceat_fast.evaluation.verdicts import Attack
 
 SAMPLES, BATCH = 24, 4
 ATTACKS = {"PGD": PGD(eps=0.1, alpha=0.04, steps=2, seed=3), "PGD-5": PGD(eps=0.1, alpha=0.04, steps=5, seed=3)}
@@ -38,7 +40,7 @@ def task() -> tuple[Ensemble, Tensor, Tensor]:
     return ensemble, images, (labels + (torch.arange(SAMPLES) % 5 == 0)) % 4
 
 
-def judged(journal: Path | None, attacks: dict[str, PGD] = ATTACKS, **options: Any) -> EvaluationResult:
+def judged(journal: Path | None, attacks: Mapping[str, Attack] = ATTACKS, **options: Any) -> EvaluationResult:
     return evaluate(*task(), attacks, journal=journal, sanity_samples=0, batch_size=BATCH, **options)
 
 

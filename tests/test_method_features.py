@@ -7,7 +7,17 @@ import math
 import numpy
 import pytest
 import torch
-from method_models import CLASSES, Small, fixed_ensemble, numbered, probabilities, small_ensemble, unchanged_attack
+from method_models import (
+    CLASSES,
+    Small,
+    fixed_ensemble,
+    numbered,
+    probabilities,
+    small_ensemble,
+    smooth_ensemble,
+    softmax,
+    unchanged_attack,
+)
 from torch import Tensor, nn
 
 from ceat_fast.ensemble import Ensemble, frozen
@@ -281,6 +291,31 @@ def test_lafed_of_two_members_has_nothing_to_mix() -> None:
             soft -= sum(t * math.log(q) for t, q in zip(targets, p, strict=True)) / len(labels)
         expected = 0.7 * soft + cross_entropies(ensemble, ADVERSARIAL, labels)[i]
         assert losses[i].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("members", [3, 5])
+def test_lafed(members: int) -> None:
+    """The whole loss from the weights, with the draws of peers and shares taken again from the same seed."""
+    ensemble, batch = smooth_ensemble(members)
+    labels, own = batch.labels, batch.images.expand(members, *batch.images.shape) * 0.9
+    distilled = torch.stack([(batch.images + 0.1 * (j + 1)).clamp(0, 1) for j in range(members)])
+    method = LAFED(smoothing=0.1, diversification=0.7)
+    method.drawn_layers = ["first"] * members
+    torch.manual_seed(5)
+    losses = method.step(ensemble, torch.stack([own, distilled]), batch).losses
+    torch.manual_seed(5)
+    for i, member in enumerate(ensemble.members):
+        first, last = ((layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in member.children())
+        order = [j for j in torch.randperm(members).tolist() if j != i]
+        share = torch.rand(len(labels)).double().numpy()[:, None]
+        hidden = [x.flatten(1).numpy() @ first[0].T + first[1] for x in (*distilled, own[i])]
+        mixed = share * hidden[order[0]] + (1 - share) * sum(hidden[j] for j in order[1:]) / (members - 2)
+        total = 0.0
+        for n, y in enumerate(labels.tolist()):
+            soft, hard = (softmax((numpy.tanh(h[n]) @ last[0].T + last[1]).tolist()) for h in (mixed, hidden[-1]))
+            targets = [1 - 0.1 * i if k == y else 0.1 * i / (CLASSES - 1) for k in range(CLASSES)]
+            total -= 0.7 * sum(t * math.log(p) for t, p in zip(targets, soft, strict=True)) + math.log(hard[y])
+        assert losses[i].item() == pytest.approx(total / len(labels), abs=1e-6)  # targets are in fp32
 
 
 @pytest.mark.parametrize(("members", "samples"), [(3, 6), (3, 65), (5, 7)])

@@ -71,20 +71,23 @@ def test_every_method_trains_with_the_plug_in(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("members", [2, 4])
-@pytest.mark.parametrize("name", ["ADP", "GAL", "TRS", "DVERGE", "LAFED", "FASTEN"])
+@pytest.mark.parametrize("name", ["ADP", "GAL", "TRS", "DVERGE", "LAFED", "FASTEN", "CEAT"])
 def test_methods_train_two_and_four_members(name: str, members: int, tmp_path: Path) -> None:
     settings = config(tmp_path / "run", make_method(name), models=["digits_resnet"] * members, epochs=1)
     assert len(train(settings).run.metrics[-1]["loss_members"]) == members
 
 
+# Two and five alike, four as in Table 3, and mixed ones: with and without two of one architecture.
+@pytest.mark.parametrize("depths", [(2, 2), (2,) * 4, (2,) * 5, (2, 3, 5), (3, 2, 3, 5)], ids=str)
 @pytest.mark.parametrize("name", ATTACKED)
-def test_a_step_of_members_of_different_depths(name: str) -> None:
-    ensemble, batch = small_ensemble((2, 3, 5), samples=8)
+def test_a_step_of_two_to_five_members_alike_or_of_different_depths(name: str, depths: tuple[int, ...]) -> None:
+    ensemble, batch = small_ensemble(depths, samples=8)
     method = make_method(name)
     method.begin_epoch(Epoch(number=1, total=2, samples=8, seed=0))
     attack = PGD(eps=0.1, alpha=0.05, steps=2, goal=method.goal, seed=0).perturb
     losses = method.step(ensemble, method.perturb(attack, ensemble, batch), batch).losses
     losses.sum().backward()
+    assert losses.shape == (len(depths),)
     assert losses.isfinite().all()
     for member in ensemble.members:
         assert member.head.weight.grad.abs().sum() > 0

@@ -385,8 +385,17 @@ def test_nan_logits_are_an_error(ens):
 
 
 def test_a_model_must_return_logits():
-    with pytest.raises(ValueError, match=r"model must return logits \(B, K\), got \(6, 1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"model must return logits \(6, K\), got \(6, 1, 4, 4\)"):
         PGD(steps=1)(nn.Identity().eval(), *batch())
+    with pytest.raises(ValueError, match=r"model must return logits \(6, K\), got tuple"):
+        PGD(steps=1)(Several().eval(), *batch())
+
+
+class Several(nn.Module):
+    """Returns more than logits."""
+
+    def forward(self, x):
+        return x.flatten(1), x
 
 
 class SeenTypes(SmallNet):

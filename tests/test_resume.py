@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import killable
 import pytest
 import torch
 from rich.console import Console
@@ -29,11 +30,13 @@ from ceat_fast.training import (
     Run,
     Trainer,
     TrainingInterrupted,
+    load_config,
 )
 from ceat_fast.training.checkpoint import checkpoints, load_checkpoint, usable_checkpoint
+from ceat_fast.training.config import config_to_yaml
 
 STEPS = 15  # of everything_config: 3 epochs of 5 batches
-PATIENCE = 900  # seconds; a process imports torch, which takes minutes on a machine that is busy
+PATIENCE = 900  # seconds; importing torch takes minutes on a machine that is busy
 
 
 class Crash(Exception):
@@ -107,41 +110,44 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
     assert not isinstance(caught.value, TrainingInterrupted)
 
 
-def run_program(folder: Path, epochs: int, *arguments: int) -> subprocess.Popen[bytes]:
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, str(tests / "tiny_training.py"), str(folder), str(epochs), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment)
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Processes that are forked from one which has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    with pytest.MonkeyPatch.context() as patch:
+        tests = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests)]))
+        yield context
 
 
-def test_kill_9_and_the_same_command_again(whole: Path, tmp_path: Path) -> None:
-    """Processes of their own: what survives is on the disk."""
-    folder = tmp_path / "run"
-    assert run_program(folder, 3, signal.SIGKILL, 3).wait(PATIENCE) == -signal.SIGKILL
-    assert run_program(folder, 3, signal.SIGKILL, 11).wait(PATIENCE) == -signal.SIGKILL
-    assert run_program(folder, 3).wait(PATIENCE) == 0
-    assert_same_run(folder, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_twenty_kills_at_random_times(number: int, tmp_path: Path) -> None:
-    """Kills from outside, wherever the run is, also while a checkpoint is being written."""
-    killed, untouched, epochs = tmp_path / "killed", tmp_path / "untouched", 80
-    assert run_program(untouched, epochs).wait(PATIENCE) == 0
+# At any moment of a step, also while a checkpoint is being written. SIGTERM saves every time.
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("kills", "epochs"), [(8, 12), pytest.param(20, 24, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_and_the_same_command_again(
+    kills: int, epochs: int, number: int, code: int, processes: Any, tmp_path: Path
+) -> None:
+    folder, config = tmp_path / "killed", tmp_path / "config.yaml"
+    config.write_text(config_to_yaml(everything_config(tmp_path / "whole", epochs=epochs)))
+    train(load_config(config))
+    command = ["train", "--config", str(config), "--out", str(folder), "--resume", "true"]
     generator = random.Random(0)
-    for _ in range(20):
-        process = run_program(killed, epochs)
-        target = steps_saved(killed) + generator.randint(2, 12)
-        while process.poll() is None and steps_saved(killed) < target:
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0.0, 0.03))  # a step takes about as long
-        assert process.poll() is None
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == (-signal.SIGKILL if number == signal.SIGKILL else 143)
-    assert run_program(killed, epochs).wait(PATIENCE) == 0
-    assert_same_run(killed, untouched)
+    for _ in range(kills):
+        process = processes.Process(target=killable.run, args=(command, torch.get_num_threads()))
+        process.start()
+        target = steps_saved(folder) + generator.randint(1, 3)
+        while process.is_alive() and steps_saved(folder) < target:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0.0, 0.02))  # a step takes about as long
+        assert process.is_alive()
+        os.kill(process.pid, number)
+        process.join(PATIENCE)
+        assert process.exitcode == code
+    last = processes.Process(target=killable.run, args=(command, torch.get_num_threads()))
+    last.start()
+    last.join(PATIENCE)
+    assert last.exitcode == 0
+    assert_same_run(folder, tmp_path / "whole")
 
 
 def steps_saved(folder: Path) -> int:
@@ -313,6 +319,19 @@ def test_a_full_disk_is_told_and_costs_nothing(cut_off: Path, whole: Path, monke
             train(everything_config(cut_off, resume=True), callbacks=[fill_disk])
     train(everything_config(cut_off, resume=True))
     assert_same_run(cut_off, whole)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkpoints are kept and a third is written: each holds weights, their average and the momentum, which for
+    three members of 65 x 10 + 2 weights, 2 statistics and a count of 8 bytes are 3 x (3 x 2,624 bytes) = 0.02 MB."""
+    trainer = Trainer(everything_config(tmp_path / "run"), console=Console(quiet=True))
+    room = shutil._ntuple_diskusage(10**9, 10**9 - 20_000, 20_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room)
+    with pytest.raises(OSError, match=r"has 0\.0 MB free, and the checkpoints need about 0\.1 MB; make room"):
+        trainer.fit()
+    assert trainer.steps_done == 0
 
 
 def full(descriptor: int) -> None:

@@ -33,6 +33,7 @@ from ceat_fast.training.config import config_to_yaml
 from ceat_fast.training.metrics import EpochMetrics, histogram
 from ceat_fast.training.run import build_ensemble
 from ceat_fast.training.seeds import stream_seed
+from ceat_fast.training.state import Position
 
 
 def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
@@ -167,6 +168,21 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
         Trainer(changed)
 
 
+def test_data_that_moved_can_be_resumed_on(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", epochs=1)
+    train(config)
+    moved = dataclasses.replace(config, epochs=2, resume=True, data=dataclasses.replace(config.data, root="elsewhere"))
+    assert len(train(moved).run.metrics) == 2
+
+
+def test_slow_batches_are_read_more_often(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(tmp_path / "run"), console=Console(quiet=True))
+    for seconds, every in ((0.01, 20), (1.0, 5), (60.0, 1)):
+        trainer.position = Position(0, 2, 2 * seconds)
+        assert trainer._agree(15) == 15
+        assert trainer._read_every == every
+
+
 class Exploding(EAT):
     """EAT whose member 1 has an infinite loss in the second batch."""
 
@@ -257,6 +273,13 @@ def test_the_shipped_configs_are_valid(path: Path) -> None:
     assert config.schedule.factor(config.epochs * 10 - 1, 10, config.epochs) == pytest.approx(0.01)
 
 
+def test_there_is_a_preset_for_every_training_of_the_paper() -> None:
+    methods = ("ceat_5_1", "ceat_1_5", "eat")
+    sets = ("cifar10", "cifar100", "cifar10_mixed", "cifar10_four", "svhn")
+    found = {path.stem for path in Path(__file__).parents[1].glob("configs/*.yaml")}
+    assert found == {f"{name}_{method}" for name in sets for method in methods} | {"digits_ceat", "digits_eat"}
+
+
 def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
     config = load_config(request.config.rootpath / "configs" / "cifar10_ceat_1_5.yaml")
     assert config == TrainConfig(out="runs/cifar10_ceat_1_5")
@@ -269,10 +292,20 @@ def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3", "epoch"),
+        ("epoch: 3", "did you mean 'epochs'"),
         ("epochs: many", "epochs"),
         ("epochs: 0", "epochs must be positive"),
-        ("optimizer: {lt: 0.1}", "lt"),
+        ("optimizer: {lt: 0.1}", "did you mean 'optimizer.lr'"),
+        ("validation: {attack: {epss: 0.1}}", "did you mean 'validation.attack.eps'"),
+        (
+            "schedule: Cosin",
+            r"unknown schedule 'Cosin' \(did you mean 'Cosine'\?\); allowed: MultiStep, Cosine, OneCycle",
+        ),
+        ("backend: vmpa", "unknown backend 'vmpa' .*'vmap'"),
+        ("eps_warmup_epochs: 121", "eps_warmup_epochs must be at most epochs=120, got 121"),
+        ("schedule: {warmup_epochs: 121}", "schedule.warmup_epochs must be at most epochs=120, got 121"),
+        ("average: {class_path: SWA, init_args: {start_epoch: 121}}", "average.start_epoch must be at most epochs=120"),
+        ("watch: {overfitting: stop}", "watch.overfitting='stop' needs held-out images: set validation.images"),
         ("optimizer: {lr: -1}", "optimizer.lr must be positive"),
         ("optimizer: {momentum: 1.0}", r"optimizer.momentum must be in \[0, 1\)"),
         ("schedule: {milestones: [9, 5]}", "schedule.milestones must be epochs above 0 in rising order"),

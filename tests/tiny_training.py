@@ -1,13 +1,7 @@
-"""A training run that takes a second, for the tests of the trainer; also run as a program that can be killed.
-
-python tests/tiny_training.py RUN_FOLDER EPOCHS [SIGNAL STEP]      sends itself that signal after that step
-"""
+"""A training run that takes a second, for the tests of the trainer."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +19,6 @@ from ceat_fast.training import (
     MultiStep,
     TrainConfig,
     Trainer,
-    TrainingInterrupted,
     ValidationConfig,
 )
 
@@ -106,17 +99,3 @@ class At(Callback):
     def on_step(self, trainer: Trainer, output: StepOutput) -> None:
         if trainer.steps_done == self.step:
             self.action()
-
-
-def main(folder: str, epochs: str, signal_number: str = "0", step: str = "0") -> int:
-    config = dataclasses.replace(everything_config(Path(folder)), epochs=int(epochs), resume=True)
-    callback = At(int(step), lambda: os.kill(os.getpid(), int(signal_number)))
-    try:
-        train(config, callbacks=[callback])
-    except TrainingInterrupted as interruption:
-        return interruption.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

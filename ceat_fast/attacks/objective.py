@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ceat_fast.attacks.outputs import plain_logits
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.ops import dispatch, reference
 
@@ -118,8 +119,6 @@ class Objective:
     def _logits(self, x: Tensor) -> Tensor:
         """(m, rows, K): the mean of the m probabilities is a row's output."""
         logits = self._output(x)
-        if logits.dim() != 3:
-            raise ValueError(f"model must return logits (B, K), got {tuple(logits.shape[1:])}")
         if self._check_labels:
             self._check_labels = False
             for name, labels in (("y", self.labels), ("target", self.target)):
@@ -130,8 +129,7 @@ class Objective:
 
     def _output(self, x: Tensor) -> Tensor:
         if not isinstance(self.model, Ensemble):
-            logits: Tensor = self.model(x)
-            return logits.unsqueeze(0)
+            return plain_logits(self.model, x).unsqueeze(0)
         if self.goal == "members":
             return self.model.member_logits(x, per_member=True).flatten(0, 1).unsqueeze(0)
         if self.model.average == "prob":

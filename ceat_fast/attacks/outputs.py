@@ -54,11 +54,17 @@ def answers(model: nn.Module, x: Tensor) -> Tensor:
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     if isinstance(model, Ensemble):
         return model.combine(model.member_logits(x, per_member=False))
+    logits = plain_logits(model, x)
+    return logits.to(reference.compute_dtype(logits.dtype))
+
+
+def plain_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model returns, (N, K) for x (N, ...); ValueError if that is anything else."""
     result = model(x)
     if not isinstance(result, Tensor) or result.dim() != 2 or len(result) != len(x):
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"model must return logits ({len(x)}, K), got {got}")
-    return result.to(reference.compute_dtype(result.dtype))
+    return result
 
 
 def gradient(model: nn.Module, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:

@@ -170,12 +170,12 @@ class Session:
 
     def _verdict(self, points: Tensor, labels: Tensor) -> Verdict:
         logits = answers(self._judge, points)
+        _require_numbers(logits)
         return Verdict(logits.argmax(1), margin(logits, labels))
 
     def _clean_outputs(self, x: Tensor, y: Tensor) -> Tensor:
         clean = torch.cat([answers(self._judge, part) for part in torch.split(x, self._batch_size)])
-        if bool((broken := clean.isnan().any(1)).any()):
-            raise ValueError(f"model returned NaN logits on {int(broken.sum())} of {len(x)} samples")
+        _require_numbers(clean)
         if len(y) and int(y.max()) >= clean.shape[1]:
             raise ValueError(f"y must lie in [0, {clean.shape[1]}), got {int(y.max())}")
         return clean
@@ -201,6 +201,12 @@ def session(
         precision = resolve_precision("fp32" if settings.precision == "fp32" else "auto", model)
         with frozen(model, precision) as view:
             yield Session(model, view, Samples(x, y, index, radii, x), settings, precision, observer)
+
+
+def _require_numbers(logits: Tensor) -> None:
+    """Raise ValueError at NaN or inf; -inf is a class that is ruled out."""
+    if bool((broken := (logits.isnan() | logits.isposinf()).any(1)).any()):
+        raise ValueError(f"model returned NaN or infinite logits on {int(broken.sum())} of {len(logits)} samples")
 
 
 def _is_probability(outputs: Tensor) -> bool:

@@ -46,7 +46,7 @@ class Rows:
     best: Tensor  # (n, ...) the point with the highest score so far, x at first
     score: Tensor  # (n,), -inf at first
     claimed: Tensor  # (n,) bool: the search takes `best` for a success
-    broken: Tensor  # (n,) bool: the model returned NaN
+    broken: Tensor  # (n,) bool: the model returned NaN or inf
 
     def observe(self, points: Tensor, score: Tensor, claims: Tensor) -> Tensor:
         """Keep the points that beat the best ones, unless those are claimed; -> (n,) bool, which did."""
@@ -130,8 +130,8 @@ class Search(ABC, Generic[RowsT]):
         return []
 
     def success(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(margins (n,), whether to claim a success (n,)) of outputs (n, K)."""
-        margins = margin(outputs, labels)
+        """(margins (n,), NaN where an output is NaN or inf; whether to claim a success (n,)) of outputs (n, K)."""
+        margins = margin(outputs, labels) + 0 * outputs.amax(1)
         least = -self.slack * (outputs.amax(1) - outputs.amin(1)) if self.slack else 0.0
         return margins, margins >= least
 
@@ -179,7 +179,7 @@ class WorkList(Generic[RowsT]):
         forwards, backwards: (B,) int64 on the CPU, passes spent on each sample so far.
 
     Raises:
-        ValueError: while iterating, if the model returned NaN.
+        ValueError: while iterating, if the model returned NaN or inf.
     """
 
     def __init__(
@@ -267,7 +267,9 @@ class WorkList(Generic[RowsT]):
         finished = self._step == self._search.steps
         claimed, broken = torch.stack([rows.claimed, rows.broken]).cpu()
         if bool(broken.any()):
-            raise ValueError(f"model returned NaN logits on {int(broken.sum())} of {len(broken)} attacked rows")
+            raise ValueError(
+                f"model returned NaN or infinite logits on {int(broken.sum())} of {len(broken)} attacked rows"
+            )
         at = (claimed & finished if self._search.minimal else claimed) | (finished & self._judges_failures)
         fooled, prediction, margins = torch.zeros_like(rows.claimed), rows.y.clone(), rows.score.clone()
         if bool(at.any()):

@@ -21,8 +21,9 @@ class EvaluationConfig:
 
     Args:
         attacks: columns beside the clean accuracy: PGD, MIM, CW (PGD on the margin loss), Square, AA (AutoAttack,
-            standard version). Square and AA take eps alone, and far longer than all others together; they search in
-            mixed precision unless the attack's precision is "fp32".
+            standard version). Square and AA take eps alone, and far longer than all others together; where
+            the attack's precision is not "fp32" they search in mixed precision, and are called "Square mixed" and
+            "AA mixed".
         eps_sweep: radii of further PGD columns; their step size keeps its ratio to eps.
         step_sweep: numbers of steps of further PGD columns, for example [50, 100, 500].
         members: judge each member of an ensemble too, on inputs made against itself.
@@ -88,7 +89,8 @@ def _fixed_step(name: str) -> Callable[[AttackConfig, EvaluationConfig], tuple[s
 def _judged(name: str, label: str) -> Callable[[AttackConfig, EvaluationConfig], tuple[str, Any]]:
     def build(budget: AttackConfig, config: EvaluationConfig) -> tuple[str, Any]:
         precision = "fp32" if budget.precision == "fp32" else "mixed"
-        return name, getattr(library, label)(eps=budget.eps, seed=config.seed, precision=precision)
+        attack = getattr(library, label)(eps=budget.eps, seed=config.seed, precision=precision)
+        return name if precision == "fp32" else f"{name} {precision}", attack
 
     return build
 

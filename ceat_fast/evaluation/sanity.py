@@ -165,7 +165,11 @@ def _precision(result: EvaluationResult) -> Check:
         advice = "set torch.backends.cudnn.allow_tf32 = False, or say so with the number"
         return Check(name, FLAG, "convolutions were rounded to TF32", advice)
     low = [n for n in result.attacks if result.settings(n).get("precision", "fp32") != "fp32"]
-    finding = f"{', '.join(low)}: searched in lower precision" if low else "all searches and verdicts are in fp32"
+    finding = (
+        f"{', '.join(low)}: searched in lower precision where the device has it"
+        if low
+        else "all searches and verdicts are in fp32"
+    )
     advice = "quote the precision with the number: a search in fp32 may find more"
     return _flag_if(bool(low), name, finding, advice)
 

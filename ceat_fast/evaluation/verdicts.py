@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks import parse_budget
+from ceat_fast.attacks.outputs import plain_logits
 from ceat_fast.attacks.result import AttackResult
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.ops import reference
@@ -134,9 +135,9 @@ def subject_logits(model: nn.Module, goal: str, x: Tensor) -> Tensor:
         shared = len(x) == 1
         logits: Tensor = model.member_logits(x[0] if shared else x, per_member=not shared)
     else:
-        logits = model(x[0]).unsqueeze(0)
-    if logits.dim() != 3 or logits.shape[-1] < 2:
-        raise ValueError(f"the model must return logits (B, K) for at least 2 classes, got {tuple(logits.shape[1:])}")
+        logits = plain_logits(model, x[0]).unsqueeze(0)
+    if logits.shape[-1] < 2:
+        raise ValueError(f"model must return logits of at least 2 classes, got {tuple(logits.shape[1:])}")
     return logits.to(reference.compute_dtype(logits.dtype))
 
 

@@ -38,8 +38,8 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         in_channels: C, at least 1.
 
     Raises:
-        ValueError: unknown name (names the nearest one), or a "module:function" that is not there.
-        TypeError: the function is not callable, or returned something else than an `nn.Module`.
+        ValueError: unknown name (names the nearest one), or a "module:function" that is not there or not callable.
+        TypeError: the function returned something else than an `nn.Module`.
     """
     model = _factory(name)(num_classes=num_classes, in_channels=in_channels)
     if not isinstance(model, nn.Module):

@@ -129,14 +129,11 @@ class TrainConfig:
         require_choice("precision", self.precision, PRECISIONS)
         if self.backend != AUTO:
             Execution.parse(self.backend)
-        for name, rise in (
-            ("eps_warmup_epochs", self.eps_warmup_epochs),
-            ("schedule.warmup_epochs", self.schedule.warmup_epochs),
-        ):
-            require(rise <= self.epochs, name, rise, f"at most epochs={self.epochs}")
+        reached = {"eps_warmup_epochs": self.eps_warmup_epochs, "schedule.warmup_epochs": self.schedule.warmup_epochs}
         if isinstance(self.average, SWA):
-            start = self.average.start_epoch
-            require(start <= self.epochs, "average.start_epoch", start, f"at most epochs={self.epochs}")
+            reached["average.start_epoch"] = self.average.start_epoch
+        for name, epoch in reached.items():
+            require(epoch <= self.epochs, name, epoch, f"at most epochs={self.epochs}")
         if self.watch.overfitting == "stop" and not self.validation.images:
             raise ValueError("watch.overfitting='stop' needs held-out images: set validation.images")
 

@@ -14,7 +14,8 @@ _KIND_SETTING = re.compile(
 )
 _GROUP = re.compile(r'(?P<key>[\w.]+)"?: Unable to load config')
 _NAME = re.compile(
-    r"""(?:does not accept option '|unrecognized arguments: --|invalid choice: '|Key ')(?P<name>[\w.-]+)"""
+    r"(?:(?:Group '(?P<group>[\w.]+)' )?does not accept option '|Option '|unrecognized arguments: --|invalid choice: ')"
+    r"(?P<name>[\w.-]+)"
 )
 
 
@@ -41,7 +42,8 @@ def readable(message: str, names: Collection[str], kinds: Mapping[str, Sequence[
     if found := _GROUP.search(message):
         return message + _allowed(found["key"], names)
     if found := _NAME.search(message):
-        return message + _hint(found["name"], names)
+        place = f"{found['group']}." if found["group"] else ""
+        return message + _hint(place + found["name"], names)
     return message
 
 
