@@ -1,12 +1,14 @@
 """AutoAttack here and in the package pyautoattack 0.2.0, on trained ensembles of three: verdicts and time.
 
     python bench/autoattack.py [--quick] [--images 100] [--ensembles NAME ...] [--root DATA] [--runs DIR] [--json FILE]
+    python bench/autoattack.py --run RUN --eps 4/255 [--images 100] [--root DATA] [--json FILE]
 
-Every ensemble is trained first (or taken from the folder of an earlier call), on the digits that come with the package
-or on a part of CIFAR-10 in DATA. The images are attacked in chunks, by one contender after the other, so that a slow
-minute hits all of them. --quick judges fewer images of the digits with a tenth of the budget. The contenders are
-pyautoattack on the ensemble as it is, ceat_fast in fp32, and in mixed precision where the device has instructions for
-bf16; where it has none, mixed precision would be the same search in fp32 again.
+The second form judges a run of `ceat-fast train`. The first trains every ensemble (or takes it from the folder of an
+earlier call), on the digits that come with the package or on a part of CIFAR-10 in DATA. The images are attacked in
+chunks, by one contender after the other, so that a slow minute hits all of them. --quick judges fewer images of the
+digits with a tenth of the budget. The contenders are pyautoattack on the ensemble as it is, ceat_fast in fp32, and in
+mixed precision where the device has instructions for bf16; where it has none, mixed precision would be the same search
+in fp32 again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ceat_fast.attacks import AttackResult, AutoAttack
+from ceat_fast.attacks import AttackResult, AutoAttack, parse_budget
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble, resolve_precision
 from ceat_fast.environment import describe_environment
 from ceat_fast.methods import EAT, Method, Standard
-from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer
+from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, Run, TrainConfig, Trainer
 
 QUICK = {"version": "custom", "attacks": ("apgd-ce", "apgd-t", "fab-t", "square"), "steps": 10, "queries": 500}
 
@@ -196,10 +198,24 @@ def table(title: str, records: dict[str, Any]) -> Table:
     return result
 
 
+def ensembles(arguments: argparse.Namespace, runs: Path) -> Iterator[tuple[str, Ensemble, Dataset, float]]:
+    """(name, ensemble, data, radius) of everything that is to be judged."""
+    if arguments.run:
+        run = Run.open(arguments.run)
+        data = load_dataset(run.config.data.name, arguments.root or run.config.data.root)
+        yield run.folder.name, run.load_ensemble(data, arguments.device), data, parse_budget("eps", arguments.eps)
+        return
+    for name in arguments.ensembles or [name for name in SUBJECTS if arguments.root or name.startswith("digits")]:
+        data = load(SUBJECTS[name], arguments.root)
+        yield name, train(name, SUBJECTS[name], data, runs, arguments.device), data, SUBJECTS[name].eps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="40 images of the digits, a tenth of the budget")
     parser.add_argument("--ensembles", nargs="+", choices=SUBJECTS, help="default: the digits; all of them with --root")
+    parser.add_argument("--run", help="judge this run instead")
+    parser.add_argument("--eps", default="8/255", help="radius for --run")
     parser.add_argument("--images", type=int, default=100, help="test images to judge")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--chunk", type=int, default=50, help="images that a contender judges before the next one")
@@ -210,18 +226,14 @@ def main() -> None:
     parser.add_argument("--json", help="file for the numbers")
     arguments = parser.parse_args()
     images = min(arguments.images, 40) if arguments.quick else arguments.images
-    names = arguments.ensembles or [name for name in SUBJECTS if arguments.root or name.startswith("digits")]
     settings = QUICK if arguments.quick else {}
-    console, results = Console(), {}
+    console, results = Console(width=max(160, Console().width)), {}
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
-            subject = SUBJECTS[name]
-            data = load(subject, arguments.root)
-            model = train(name, subject, data, Path(arguments.runs or temporary), arguments.device)
+        for name, model, data, eps in ensembles(arguments, Path(arguments.runs or temporary)):
             numbers = torch.arange(arguments.first, min(arguments.first + images, len(data.test_labels)))
-            found = contenders(model, subject.eps, settings, arguments.other_seed)
+            found = contenders(model, eps, settings, arguments.other_seed)
             results[name] = compare(found, model, data, torch.split(numbers, arguments.chunk))
-            console.print(table(f"{name}, eps {subject.eps:.4f}, {len(numbers)} images", results[name]))
+            console.print(table(f"{name}, eps {eps:.4f}, {len(numbers)} images", results[name]))
             if "ceat_fast, mixed" not in found:
                 console.print(
                     f"no row for mixed precision: {arguments.device} has no bf16 instructions, it searches in fp32"
