@@ -192,6 +192,7 @@ def append_and_interrupt(journal, attack, records):
         os.kill(os.getpid(), signal.SIGINT)
 
 Journal.append = append_and_interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 sys.exit(main())
 """
 

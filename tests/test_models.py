@@ -114,7 +114,7 @@ def test_build_model_from_a_users_function():
     [
         ("no_such_module:f", ValueError, "no module named 'no_such_module'"),
         ("my_models:nothing", ValueError, "has no 'nothing'"),
-        ("my_models:text", TypeError, "not callable"),
+        ("my_models:text", ValueError, "not callable"),
         ("my_models:broken", TypeError, "must return an nn.Module, got str"),
     ],
 )
