@@ -67,7 +67,7 @@ _SMALL_DIGITS = Setting(
 _SMALL_CIFAR10 = Setting(
     datasets={"cifar10": "cifar10"},
     models=_CIFAR_MODELS,
-    seeds=3,
+    seeds=1,
     sgd=(SGD(lr=0.2, grad_clip=1.0), 4),
     adam=(Adam(lr=0.003), 5),
     attack=AttackConfig(eps=0.031, alpha=0.0125, steps=3),
