@@ -15,7 +15,20 @@ namespace ceat_tensor {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous tensor on the device of `like`. The C shim directly: half the cost of the dispatcher.
+// An uninitialised tensor on the device of `like`. The C shim directly: half the cost of the dispatcher.
+inline Tensor empty_strided(const Tensor& like, ScalarType dtype, int64_t dim, const int64_t* sizes,
+                            const int64_t* strides) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// An uninitialised contiguous tensor.
 inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
   int64_t strides[4], stride = 1;
   const int64_t* size = sizes.begin();
@@ -23,14 +36,14 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<
     strides[i] = stride;
     stride *= size[i];
   }
-  int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), size, strides, code, device_type, device_index, &handle));
-  return Tensor(handle);
+  return empty_strided(like, dtype, int64_t(sizes.size()), size, strides);
+}
+
+// Uninitialised images (samples, channels, height, width) in the layout (samples, height, width, channels).
+inline Tensor empty_channels_last(const Tensor& like, const int64_t (&sizes)[4]) {
+  const int64_t channels = sizes[1], height = sizes[2], width = sizes[3];
+  const int64_t strides[4] = {height * width * channels, 1, width * channels, channels};
+  return empty_strided(like, like.scalar_type(), 4, sizes, strides);
 }
 
 // `t` with the strides of the dense tensor `like`, so that both can be walked as one flat array.
@@ -38,14 +51,7 @@ inline Tensor in_layout_of(const Tensor& like, const Tensor& t) {
   bool same = true;
   for (int64_t i = 0; i < like.dim(); ++i) same &= like.size(i) == 1 || t.stride(i) == like.stride(i);
   if (same) return t;
-  int32_t dtype = 0, device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), like.strides().data(), dtype,
-                                                         device_type, device_index, &handle));
-  Tensor copy(handle);
+  Tensor copy = empty_strided(like, t.scalar_type(), like.dim(), like.sizes().data(), like.strides().data());
   torch::stable::copy_(copy, t);
   return copy;
 }

@@ -12,8 +12,11 @@ from ceat_fast import Ensemble
 from ceat_fast.ensemble import Execution, Tuned, frozen, tune, tuning
 from ceat_fast.ensemble.execution import default_execution
 from ceat_fast.models import digits_resnet
+from ceat_fast.ops import winograd
 
 EXECUTIONS = ["loop", "loop+channels_last", "vmap"]
+if winograd.missing() is None:
+    EXECUTIONS.append("loop+channels_last+winograd")
 COMPILED = ["loop+compile", "loop+channels_last+compile", "vmap+compile"]
 
 
@@ -141,7 +144,7 @@ def test_measuring_is_real_and_changes_nothing():
     (entry,) = tuning.remembered()
     for kind, choice in choices._asdict().items():
         seconds = entry[kind]["seconds"]
-        assert set(seconds) == {"loop", "loop+channels_last", "vmap"}
+        assert set(seconds) == set(EXECUTIONS)
         assert seconds[str(choice)] == min(seconds.values()) > 0
     assert all(module.training for module in ens.modules())
     assert all(parameter.grad is None for parameter in ens.parameters())

@@ -24,7 +24,7 @@ from ceat_fast.attacks.inputs import require_eval_mode, require_inputs
 from ceat_fast.attacks.noise import Noise
 from ceat_fast.attacks.objective import GOALS, LOSSES, Objective
 from ceat_fast.choices import require_choice
-from ceat_fast.ensemble import PRECISIONS, frozen
+from ceat_fast.ensemble import PRECISIONS, Ensemble, frozen
 
 # What turns the gradients of one search, step by step, into directions; it may remember earlier ones.
 Direction = Callable[[Tensor], Tensor]
@@ -182,6 +182,8 @@ class FixedStepAttack(ABC):
         checked: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """(x_adv, losses of the last gradient or judgement)."""
+        if self.goal == "members" and not isinstance(model, Ensemble):
+            raise TypeError(f"goal='members' needs an Ensemble, got {type(model).__name__}")
         with torch.inference_mode(False), torch.enable_grad():
             x = _ordinary(x)
             labels = _ordinary(y).repeat(self.restarts)

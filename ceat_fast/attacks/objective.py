@@ -40,12 +40,10 @@ class Objective:
     """Loss of a frozen model at an input batch of N samples with labels (N,).
 
     * goal "ensemble": x (N, ...) is shared by all members; rows are the model's output (eq. 1 for an Ensemble).
-    * goal "members": x (M, N, ...) holds an own input for each member; M * N rows, one per member and sample.
+    * goal "members", for an `Ensemble`: x (M, N, ...) holds an own input for each member; M * N rows,
+      one per member and sample.
 
     `target` (N,) makes it targeted; `kappa` is the margin beyond which a row has no gradient.
-
-    Raises:
-        TypeError: goal "members" with a model that is no `Ensemble`.
     """
 
     def __init__(
@@ -60,8 +58,7 @@ class Objective:
     ) -> None:
         self.searches = 1  # how many inputs per sample the goal asks for
         if goal == "members":
-            if not isinstance(model, Ensemble):
-                raise TypeError(f"goal='members' needs an Ensemble, got {type(model).__name__}")
+            assert isinstance(model, Ensemble)
             self.searches = len(model.members)
         self.model = model
         self.goal = goal

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
+from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.graphs import GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
@@ -58,6 +59,7 @@ class Ensemble(nn.Module):
         self.backend = backend
         self.average = average
         self.tuned: Tuned | None = None  # what "auto" takes, once it was measured
+        self.is_view = False  # whether attacks search with it; a view is no judge
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._graphs = GraphedCalls()
@@ -115,7 +117,8 @@ class Ensemble(nn.Module):
         count = len(self.members)
         if execution.members != "vmap":
             rows = x.unbind(0) if per_member else [x] * count
-            return _stack_logits(self._run_each(execution, [execution.arrange(row) for row in rows]))
+            with winograd_convolutions(execution.winograd and (self.training or self.is_view), x.device):
+                return _stack_logits(self._run_each(execution, [execution.arrange(row) for row in rows]))
         outputs: dict[int, Tensor] = {}
         for group in self._current_groups():
             whole = len(group.indices) == count

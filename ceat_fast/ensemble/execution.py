@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ceat_fast.choices import unknown_name
+from ceat_fast.ops import winograd
 
 MEMBERS = ("loop", "vmap", "streams")
 AUTO = "auto"
@@ -25,12 +26,15 @@ class Execution:
         compile: through torch.compile.
         graph: on CUDA, replay the frozen view's forward and backward as CUDA graphs. Where there is nothing to capture
             (in training, or without a gradient for the input) it makes no difference.
+        winograd: on the CPU, the 3x3 convolutions of attacked views and of training by `winograd_convolution`, where it
+            takes them. Other calls of an ensemble in eval mode, verdicts among them, keep torch's arithmetic.
     """
 
     members: str = "loop"
     channels_last: bool = False
     compile: bool = False
     graph: bool = False
+    winograd: bool = False
 
     def __str__(self) -> str:
         return "+".join([self.members, *(f.name for f in fields(self)[1:] if getattr(self, f.name))])
@@ -40,7 +44,7 @@ class Execution:
         """The execution of that text.
 
         Raises:
-            ValueError: an unknown way or option.
+            ValueError: an unknown way or option, or options that exclude each other.
         """
         members, *options = text.split("+") if isinstance(text, str) else [text]
         if members not in MEMBERS:
@@ -49,6 +53,8 @@ class Execution:
         for option in options:
             if option not in known:
                 raise ValueError(unknown_name(f"option of backend {text!r}", option, known))
+        if "winograd" in options and (members != "loop" or "compile" in options):
+            raise ValueError(f"backend {text!r}: winograd is for 'loop', and without compile")
         return cls(members, **dict.fromkeys(options, True))
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -69,6 +75,8 @@ def default_execution(device: torch.device) -> Execution:
     """What "auto" takes where nothing was measured.
 
     On a GPU launches bound networks of this size, and vmap makes M times fewer. On a CPU there is nothing to save; its
-    convolutions are faster in channels_last.
+    convolutions are faster in channels_last, and faster still by the Winograd kernel, where that was built.
     """
-    return Execution("loop", channels_last=True) if device.type == "cpu" else Execution("vmap")
+    if device.type != "cpu":
+        return Execution("vmap")
+    return Execution("loop", channels_last=True, winograd=winograd.missing() is None)

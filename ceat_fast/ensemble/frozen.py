@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.choices import require_choice
+from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError
@@ -155,14 +156,29 @@ def _memory_format(model: nn.Module) -> torch.memory_format:
 
 def _assemble(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module:
     if type(model) is not Ensemble:
-        return modules[0] if dtype is None else _LowPrecision(modules[0], dtype)
+        return _Winograd(modules[0]) if dtype is None else _LowPrecision(modules[0], dtype)
     if dtype is None:
         view = Ensemble(modules, model.backend, model.average)
     else:
         view = _LowPrecisionEnsemble(modules, model.backend, model.average, dtype)
     view.tuned = model.tuned
+    view.is_view = True
     view.training = view.members.training = False
     return view
+
+
+class _Winograd(nn.Module):
+    """A module whose convolutions are those of the default execution."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        with winograd_convolutions(default_execution(x.device).winograd, x.device):
+            logits: Tensor = self.module(x)
+        return logits
 
 
 class _LowPrecision(nn.Module):

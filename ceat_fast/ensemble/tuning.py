@@ -25,6 +25,7 @@ from ceat_fast.ensemble.execution import Execution, Tuned, default_execution
 from ceat_fast.ensemble.frozen import frozen, resolve_precision, unfolded
 from ceat_fast.environment import cache_folder, device_name, library_versions
 from ceat_fast.files import write_json
+from ceat_fast.ops import winograd
 
 # A network of the size in question compiles in about a minute: not worth it for a job that is shorter.
 COMPILE_PAYS_AFTER = 600.0  # seconds
@@ -103,6 +104,8 @@ def describe_problem(ensemble: Ensemble, x: Tensor, precision: str) -> dict[str,
 def candidates(device: torch.device, kind: str) -> list[Execution]:
     """The executions without torch.compile that exist on `device`; CUDA graphs are for attacks only."""
     ways = [Execution("loop"), Execution("loop", channels_last=True), Execution("vmap")]
+    if device.type == "cpu" and winograd.missing() is None:
+        ways.append(Execution("loop", channels_last=True, winograd=True))
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
         ways += [replace(way, graph=True) for way in ways if kind == "attack"]
@@ -115,7 +118,7 @@ def _measure(kind: str, ensemble: Ensemble, x: Tensor, precision: str, count: in
     compiled_measured = bool(times) and min(times.values()) * count > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))
-        contenders = [best, replace(best, compile=True)]
+        contenders = [best, replace(best, compile=True, winograd=False)]
         times_again, failed_again = _race(kind, ensemble, x, precision, contenders)
         times, failed = times | times_again, failed | failed_again
     if not times and kind == "attack":

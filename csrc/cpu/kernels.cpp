@@ -1,11 +1,12 @@
 // The CPU kernels. Compiled once per instruction set, with CEAT_ISA naming it.
 #include "kernels.h"
 
-#include <cstdlib>
+#include "scratch.h"
 
 // Before loss_math.h, whose templates call the vector functions.
 #include "tile.h"
 #include "vec.h"
+#include "winograd.h"
 //
 #include "../loss_math.h"
 
@@ -18,30 +19,8 @@ using ceat_cpu::EnsembleProblem;
 using ceat_cpu::Logits;
 using ceat_cpu::PgdProblem;
 using ceat_cpu::ScaleProblem;
+using ceat_cpu::Scratch;
 using ceat_cpu::Shape;
-
-// Working memory of one call, aligned for vectors and carved up front to back.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes)
-      : memory_(std::aligned_alloc(64, round_up(bytes))), next_(static_cast<char*>(memory_)) {
-    if (memory_ == nullptr) std::abort();
-  }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
-
-  template <class X>
-  X* take(size_t count) {
-    X* block = reinterpret_cast<X*>(next_);
-    next_ += round_up(count * sizeof(X));
-    return block;
-  }
-  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
- private:
-  void* memory_;
-  char* next_;
-};
 
 // Fills `tile` with the row's exponentials, zero at the true class, and returns its softmax.
 template <class L, class T, class In, class V = VecOf<T>>
@@ -281,6 +260,7 @@ void run_scale_rows(const ScaleProblem& p, int64_t begin, int64_t end) {
 #define CEAT_STRING_(a) #a
 #define CEAT_STRING(a) CEAT_STRING_(a)
 
-const ceat_cpu::Kernels ceat_cpu::CEAT_CONCAT(kernels_, CEAT_ISA) = {CEAT_STRING(CEAT_ISA), ceat::run_ceat_loss,
-                                                                     ceat::run_ensemble_cross_entropy,
-                                                                     ceat::run_pgd_step, ceat::run_scale_rows};
+const ceat_cpu::Kernels ceat_cpu::CEAT_CONCAT(kernels_, CEAT_ISA) = {
+    CEAT_STRING(CEAT_ISA), ceat::run_ceat_loss,  ceat::run_ensemble_cross_entropy,
+    ceat::run_pgd_step,    ceat::run_scale_rows, ceat::transform_filters,
+    ceat::convolve_tiles};

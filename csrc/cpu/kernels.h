@@ -60,13 +60,41 @@ struct ScaleProblem {
   void* out;
 };
 
-// Each call handles samples, elements or rows [begin, end).
+// Filters and input channels come in blocks of this many.
+constexpr int64_t kChannelBlock = 16;
+// Products of a tile of 4x4 outputs: one per pixel of the 6x6 inputs that it depends on.
+constexpr int64_t kTilePoints = 36;
+// Tiles that are transformed before they are multiplied: their inputs at all points stay in the second-level cache.
+constexpr int64_t kTileBlock = 24;
+
+// weight[f, c, y, x] of 3x3 filters, strides in elements; out: (filters / 16, 36, channels, 16).
+struct FilterProblem {
+  const float* weight;
+  int64_t strides[4];
+  int64_t filters, channels;
+  float* out;
+};
+
+// x (samples, height, width, channels), out (samples, height, width, filters), `filters_at_points` from FilterProblem.
+struct ConvolutionProblem {
+  const float *x, *filters_at_points, *bias;  // bias may be null
+  int64_t samples, height, width, channels, filters;
+  float* out;
+
+  int64_t tiles_down() const { return (height + 3) / 4; }
+  int64_t tiles_across() const { return (width + 3) / 4; }
+  int64_t tiles() const { return samples * tiles_down() * tiles_across(); }
+};
+
+// Each call handles samples, elements, rows, blocks of filters or tiles [begin, end).
 struct Kernels {
   const char* name;
   void (*ceat_loss)(const CeatProblem&, int64_t begin, int64_t end);
   void (*ensemble_cross_entropy)(const EnsembleProblem&, int64_t begin, int64_t end);
   void (*pgd_step)(const PgdProblem&, int64_t begin, int64_t end);
   void (*scale_rows)(const ScaleProblem&, int64_t begin, int64_t end);
+  void (*transform_filters)(const FilterProblem&, int64_t begin, int64_t end);
+  void (*convolve_tiles)(const ConvolutionProblem&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_portable;

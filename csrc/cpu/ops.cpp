@@ -1,11 +1,14 @@
 // CPU implementations of the ceat_fast ops. Schemas, fake kernels and autograd are in ceat_fast/ops/native.py.
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../tensor.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace {
 
@@ -29,12 +32,12 @@ constexpr int64_t kBlock = 16;
 
 // Runs body(begin, end) over [0, count) where each item costs `elements`.
 template <class Body>
-void in_parallel(int64_t count, int64_t elements, const Body& body) {
+void in_parallel(int64_t count, int64_t elements, const Body& body, int64_t block = kBlock) {
   if (count * elements <= kElementsPerThread) return body(0, count);
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (elements * kBlock));
+  const int64_t blocks = (count + block - 1) / block;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (elements * block));
   torch::stable::parallel_for(0, blocks, grain,
-                              [&](int64_t begin, int64_t end) { body(begin * kBlock, std::min(end * kBlock, count)); });
+                              [&](int64_t begin, int64_t end) { body(begin * block, std::min(end * block, count)); });
 }
 
 const int64_t* checked_labels(const Tensor& target, int64_t classes) {
@@ -182,6 +185,63 @@ std::tuple<Tensor, Tensor> scale_gradients(const Tensor& adv_grad, const Tensor&
   return {scale(adv_grad), scale(nat_grad)};
 }
 
+// Images (samples, channels, height, width) whose memory is (samples, height, width, channels).
+bool is_channels_last(const Tensor& x) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t strides[4] = {height * width * channels, 1, width * channels, channels};
+  bool dense = true;
+  for (int i = 0; i < 4; ++i) dense &= x.size(i) == 1 || x.stride(i) == strides[i];
+  return dense;
+}
+
+Tensor winograd_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float && is_channels_last(x),
+                  "x must be float32 images (B, C, H, W), dense in channels_last");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(2) == 3 && weight.size(3) == 3,
+      "weight must be float32 of shape (F, C, 3, 3)");
+  const int64_t channels = weight.size(transposed ? 0 : 1), filters = weight.size(transposed ? 1 : 0);
+  STD_TORCH_CHECK(x.size(1) == channels, "x must have ", channels, " channels, got ", x.size(1));
+  STD_TORCH_CHECK(channels % ceat_cpu::kChannelBlock == 0 && filters % ceat_cpu::kChannelBlock == 0 && channels > 0,
+                  "channels and filters must be multiples of 16, got ", channels, " and ", filters);
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == filters && bias->scalar_type() == ScalarType::Float),
+                  "bias must be float32 of shape (", filters, ",)");
+  const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
+
+  ceat_cpu::Scratch points(ceat_cpu::kTilePoints * channels * filters * sizeof(float));
+  ceat_cpu::FilterProblem filter{weight.const_data_ptr<float>(),
+                                 {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+                                 filters,
+                                 channels,
+                                 points.take<float>(ceat_cpu::kTilePoints * channels * filters)};
+  if (transposed) {
+    // The gradient for the input is the convolution of the output's with the filters turned by 180 degrees.
+    filter.weight += 2 * filter.strides[2] + 2 * filter.strides[3];
+    std::swap(filter.strides[0], filter.strides[1]);
+    filter.strides[2] = -filter.strides[2];
+    filter.strides[3] = -filter.strides[3];
+  }
+  Tensor out = empty_channels_last(x, {samples, filters, height, width});
+  const Tensor offset = bias ? dense(*bias) : out;
+  const ceat_cpu::ConvolutionProblem problem{x.const_data_ptr<float>(),
+                                             filter.out,
+                                             bias ? offset.const_data_ptr<float>() : nullptr,
+                                             samples,
+                                             height,
+                                             width,
+                                             channels,
+                                             filters,
+                                             out.mutable_data_ptr<float>()};
+  in_parallel(
+      filters / ceat_cpu::kChannelBlock, ceat_cpu::kTilePoints * channels * ceat_cpu::kChannelBlock,
+      [&](int64_t begin, int64_t end) { ceat_cpu::kernels().transform_filters(filter, begin, end); }, 1);
+  in_parallel(
+      problem.tiles(), ceat_cpu::kTilePoints * channels * filters / ceat_cpu::kChannelBlock,
+      [&](int64_t begin, int64_t end) { ceat_cpu::kernels().convolve_tiles(problem, begin, end); },
+      ceat_cpu::kTileBlock);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
@@ -189,4 +249,5 @@ STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
   m.impl("ensemble_cross_entropy_native", TORCH_BOX(&ensemble_cross_entropy));
   m.impl("pgd_step_native", TORCH_BOX(&pgd_step));
   m.impl("scale_gradients_native", TORCH_BOX(&scale_gradients));
+  m.impl("winograd_convolution_native", TORCH_BOX(&winograd_convolution));
 }
