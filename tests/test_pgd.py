@@ -337,7 +337,7 @@ def test_budgets_of_another_type(value):
         ({"steps": 2.0}, TypeError, "steps must be an int, got 2.0"),
         ({"restarts": 0}, ValueError, "restarts must be at least 1, got 0"),
         ({"restarts": 2, "random_start": False}, ValueError, "would repeat one search"),
-        ({"seed": 1.0}, TypeError, "seed must be an int or None, got 1.0"),
+        ({"seed": 1.0}, TypeError, "seed must be an int, an int64 tensor"),
         ({"loss": "mse"}, ValueError, "unknown loss 'mse'"),
         ({"goal": "member"}, ValueError, r"unknown goal 'member' \(did you mean 'members'\?\)"),
     ],

@@ -46,7 +46,8 @@ class FixedStepAttack(ABC):
         goal: "ensemble" perturbs one input against the model's output (eq. 3; eq. 1 for an `Ensemble`); "members"
             perturbs one for each member of an `Ensemble` against that member (eq. 2), all members in one batch.
         seed: keys the noise by (seed, attack, restart, sample index), the same for every batch size, order, device and
-            member. None draws it from torch's generator of the device.
+            member. None draws it from torch's generator of the device. An int64 tensor () is for CUDA graphs: it is
+            read on the device, at each replay.
         norm: "Linf" or "L2".
         precision: what the search computes in: "fp32", "bf16", "fp16" or "auto". The choice among restarts is fp32's.
 
@@ -61,7 +62,7 @@ class FixedStepAttack(ABC):
     restarts: int = 1
     loss: str = "ce"
     goal: str = "ensemble"
-    seed: int | None = None
+    seed: int | Tensor | None = None
     norm: str = "Linf"
     precision: str = "fp32"
 
@@ -79,8 +80,7 @@ class FixedStepAttack(ABC):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise TypeError(f"seed must be an int or None, got {self.seed!r}")
+        _require_seed(self.seed)
         if self.restarts > 1 and not self._is_random:
             raise ValueError(f"restarts={self.restarts} without random_start would repeat one search")
         require_choice("loss", self.loss, LOSSES)
@@ -218,6 +218,12 @@ class FixedStepAttack(ABC):
             losses, gradient = objective.gradient(x_adv, self._transform(noise, step))
             x_adv = around.step(x_adv, direction(gradient), self.step_size)
         return x_adv, losses
+
+
+def _require_seed(seed: object) -> None:
+    is_scalar = isinstance(seed, Tensor) and seed.dim() == 0 and seed.dtype == torch.int64
+    if seed is not None and not is_scalar and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int, an int64 tensor () or None, got {seed!r}")
 
 
 def _worst(losses: Tensor, success: Tensor) -> Tensor:

@@ -31,14 +31,15 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & ((1 << 33) - 1))
 
 
-def keyed_uniform(index: Tensor, shape: Sequence[int], key: Sequence[int], dtype: torch.dtype) -> Tensor:
+def keyed_uniform(index: Tensor, shape: Sequence[int], key: Sequence[int | Tensor], dtype: torch.dtype) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2**-24: (B,) int64 sample indices -> (B, *shape).
 
-    Each sample's numbers depend on `key` (integers such as seed, attack and restart) and on its index alone.
+    Each sample's numbers depend on `key` (integers such as seed, attack and restart, or int64 tensors () on the device)
+    and on its index alone.
     """
     state = torch.zeros((), dtype=torch.int64, device=index.device)
     for part in key:
-        state = _mix((state ^ _signed(part)) + _GAMMA)
+        state = _mix((state ^ (part if isinstance(part, Tensor) else _signed(part))) + _GAMMA)
     sample = _mix((state ^ index) + _GAMMA)
     counter = torch.arange(1, math.prod(shape) + 1, device=index.device)
     bits = _mix(sample[:, None] + counter * _GAMMA)
@@ -52,14 +53,16 @@ class Noise:
     draws them.
 
     Args:
-        seed: any int, or None.
+        seed: any int, an int64 tensor () on the device, or None.
         attack: the attack's name: keeps the numbers of attacks with the same seed apart.
         index: (B,) int64 sample indices; default 0 to B-1.
         restarts: R.
         like: a tensor (B, ...) of the dtype and device wanted.
     """
 
-    def __init__(self, seed: int | None, attack: str, index: Tensor | None, restarts: int, like: Tensor) -> None:
+    def __init__(
+        self, seed: int | Tensor | None, attack: str, index: Tensor | None, restarts: int, like: Tensor
+    ) -> None:
         self._seed = seed
         self._attack = int.from_bytes(attack.encode(), "big")
         self._index = torch.arange(len(like), device=like.device) if index is None else index.to(like.device)

@@ -1,10 +1,10 @@
-"""Forward and backward of a frozen ensemble as CUDA graphs: a network's few hundred launches become two."""
+"""CUDA graphs: of the forward and backward of a frozen ensemble, and of anything else that stays on the device."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,39 @@ from torch import Tensor
 _MOST_SHAPES = 8
 
 Call = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
+
+
+def capture(call: Callable[[], Result]) -> Callable[[], Result]:
+    """A replay of `call`, which is captured but not made; its result lies where the next replay writes again.
+
+    Raises:
+        RuntimeError: it waits for the device, or works on memory that a graph cannot use.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def beside(call: Callable[[], Result], device: torch.device) -> Result:
+    """The result of `call`, made on a stream of its own as a capture will be, in order with the present stream.
+
+    What a call allocates once and keeps is then no tie to the present stream, which a capture could not wait for.
+    """
+    if device.type != "cuda":
+        return call()
+    present, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(present)
+    with torch.cuda.stream(stream):
+        result = call()
+    present.wait_stream(stream)
+    return result
 
 
 class GraphedCalls:

@@ -80,6 +80,7 @@ class Method(ABC):
 
     goal: ClassVar[str] = "ensemble"  # whom the training attack is aimed at: "ensemble" (eq. 3) or "members" (eq. 2)
     least_members: ClassVar[int] = 1
+    capturable: ClassVar[bool] = False  # no step looks at a value on the host: on CUDA it can be a graph, replayed
     always_in_label: ClassVar[tuple[str, ...]] = ()  # settings that tables show even where they are the default
 
     @property

@@ -32,6 +32,7 @@ class CEAT(DistanceSettings, LabelSmoothing):
     """Cross-entropy plus the calibrated distances (eq. 22); the settings are those of `DistanceSettings`."""
 
     always_in_label: ClassVar[tuple[str, ...]] = ("lam", "mu")
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ delta_en is the perturbation found against the ensemble (eq. 3), shared by the m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from ceat_fast.methods.terms import cross_entropy, true_class_disparity
 @dataclass
 class EAT(LabelSmoothing):
     """Cross-entropy of every member on the ensemble's adversarial input (eq. 5)."""
+
+    capturable: ClassVar[bool] = True
 
     def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
         logits = ensemble.member_logits(adversarial, per_member=self.goal == "members")

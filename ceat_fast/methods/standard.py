@@ -6,6 +6,7 @@ L_m = CE(z_m(x), y)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from ceat_fast.methods.terms import cross_entropy
 @dataclass
 class Standard(LabelSmoothing):
     """Cross-entropy of every member on the clean input; nothing is attacked."""
+
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

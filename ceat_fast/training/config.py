@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+CAPTURES = ("auto", "on", "off")
 _KINDS = (Method, OptimizerConfig, Schedule, WeightAverage)  # written with their class name
 
 
@@ -90,6 +91,8 @@ class TrainConfig:
         seed: every random number of the run follows from it.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
         backend: execution of the members: "auto", "vmap" or "loop".
+        cuda_graph: on a GPU, replay the whole step, attack included, as one CUDA graph: "auto" (where the method and
+            the other settings allow it), "on" (or refuse the run) or "off".
         checkpoint: when the state is saved.
         watch: what is done about a run that goes wrong.
         parallel: how several processes share the work.
@@ -114,6 +117,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
+    cuda_graph: str = "auto"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -127,6 +131,7 @@ class TrainConfig:
         require(self.eps_warmup_epochs >= 0, "eps_warmup_epochs", self.eps_warmup_epochs, "at least 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         require_choice("precision", self.precision, PRECISIONS)
+        require_choice("cuda_graph", self.cuda_graph, CAPTURES)
         if self.backend != AUTO:
             Execution.parse(self.backend)
         reached = {"eps_warmup_epochs": self.eps_warmup_epochs, "schedule.warmup_epochs": self.schedule.warmup_epochs}

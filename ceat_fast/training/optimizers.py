@@ -129,9 +129,19 @@ class MemberOptimizer:
 
     def set_rate(self, factor: float) -> float:
         """Set the learning rate to `config.lr` times the factor of the schedule; returns it."""
+        rate = self.config.lr * factor
         for group in self.torch.param_groups:
-            group["lr"] = self.config.lr * factor
-        return self.config.lr * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        return rate
+
+    def make_capturable(self) -> None:
+        """From now on the learning rate lies on the device, where a CUDA graph of a step reads it."""
+        for group in self.torch.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+            group["capturable"] = True
 
     def clip(self) -> None:
         """Scale each member's gradient down to the norm `config.grad_clip`, if there is one."""

@@ -22,8 +22,8 @@ from ceat_fast.training.config import TrainConfig, config_to_yaml, differences, 
 from ceat_fast.training.seeds import stream_seed
 
 FREE_TO_CHANGE = (
-    "out", "resume", "epochs", "device", "backend", "checkpoint", "watch", "parallel", "tensorboard", "evaluation",
-    "data.root",
+    "out", "resume", "epochs", "device", "backend", "cuda_graph", "checkpoint", "watch", "parallel", "tensorboard",
+    "evaluation", "data.root",
 )  # fmt: skip
 KINDS = {"last": STEP, "best": BEST}
 

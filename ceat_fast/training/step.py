@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods import CEAT, EAT, Attack, Batch, Method, StepOutput
+from ceat_fast.methods import CEAT, EAT, Batch, Method, StepOutput
 from ceat_fast.methods.calibrated import DistanceSettings
+from ceat_fast.training.capture import CapturedStep, obstacle
 from ceat_fast.training.config import TrainConfig
 from ceat_fast.training.distributed import Layout, SpreadEnsemble, SynchronisedBatchNorm, perturb_with
 from ceat_fast.training.optimizers import MemberOptimizer
@@ -48,21 +49,35 @@ class Stepper:
         self._exchanges_labels = _needs_true_class_only(self.method) and ensemble.average == "prob"
         if isinstance(ensemble, SpreadEnsemble):
             _require_spreadable(config, self.method)
+        self._captured: CapturedStep | None = None
+        if config.cuda_graph != "off":
+            self._capture_steps(required=config.cuda_graph == "on")
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps on full batches are replays of a CUDA graph."""
+        return self._captured is not None
 
     def step(self, step: int, batch: Batch, samples: int) -> StepOutput:
         """Train on this process's part of the batch of step `step`; the whole batch has that many samples.
 
         Returns:
-            The output of all members on this part.
+            The output of all members on this part; its tensors hold until the next step.
         """
         torch.manual_seed(stream_seed(self.config.seed, "step", step, self.layout.data_rank))
         self.optimizer.set_rate(self.config.schedule.factor(step, self.steps_per_epoch, self.config.epochs))
+        attack, rise = self._attack(step)
+        if self._captured is not None and samples == self.config.batch_size and rise == 1:
+            return self._captured(attack, batch)
+        return self._train(attack, batch, len(batch.labels) / samples)
+
+    def _train(self, attack: PGD, batch: Batch, share: float = 1.0) -> StepOutput:
+        """The part of a step that a CUDA graph can hold; this process has that share of the samples."""
         with self._exchange(batch.labels):
-            adversarial = self.method.perturb(self._attack(step), self.ensemble, batch)
+            adversarial = self.method.perturb(perturb_with(attack), self.ensemble, batch)
             self.optimizer.torch.zero_grad(set_to_none=True)
             with self._autocast(), self._batch_norm():
                 output = self.method.step(self.ensemble, adversarial, batch)
-        share = len(batch.labels) / samples
         torch.autograd.backward(self.scaler.scale(output.losses.sum() * share))
         self.layout.sum_gradients([parameter for own in self.optimizer.parameters for parameter in own])
         self.scaler.unscale_(self.optimizer.torch)
@@ -80,7 +95,16 @@ class Stepper:
         self.method.load_state_dict(state["method"])
         self.scaler.load_state_dict(state["scaler"])
 
-    def _attack(self, step: int) -> Attack:
+    def _capture_steps(self, required: bool) -> None:
+        reason = obstacle(self.method, self.layout.device, self.config.precision, self.layout.is_alone)
+        if reason is None:
+            self.optimizer.make_capturable()
+            self._captured = CapturedStep(self._train, required)
+        elif required:
+            raise ValueError(f"cuda_graph='on': a step cannot be captured: {reason}")
+
+    def _attack(self, step: int) -> tuple[PGD, float]:
+        """The attack of a step, and which part of its final strength it has."""
         config = self.config
         attack = PGD(
             **vars(config.attack),
@@ -90,7 +114,7 @@ class Stepper:
         rise = warmup_factor(step, config.eps_warmup_epochs * self.steps_per_epoch)
         if rise < 1:
             attack = replace(attack, eps=attack.radius * rise, alpha=attack.step_size * rise)
-        return perturb_with(attack)
+        return attack, rise
 
     def _exchange(self, labels: Tensor) -> AbstractContextManager[None]:
         if not isinstance(self.ensemble, SpreadEnsemble):

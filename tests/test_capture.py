@@ -1,0 +1,168 @@
+"""Training steps as CUDA graphs: what is captured, and that replays train like plain steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from tiny_training import At, everything_config, tiny_config, train, without_time
+
+from ceat_fast.attacks import PGD
+from ceat_fast.methods import ADP, AT, CEAT, EAT, CalibratedDistance, Standard
+from ceat_fast.methods.base import Batch
+from ceat_fast.training import SGD, Adam, AdamW, AttackConfig, Cosine, TrainingInterrupted, capture, step
+from ceat_fast.training.capture import CapturedStep, obstacle
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Captures without a GPU: a replay makes the captured call again, on the tensors that it was captured with."""
+    made = []
+
+    def record(call):
+        made.append(0)
+
+        def replay():
+            made[-1] += 1
+            return call()
+
+        return replay
+
+    monkeypatch.setattr(capture, "capture", record)
+    monkeypatch.setattr(step, "obstacle", lambda method, device, *rest: obstacle(method, CUDA, *rest))
+    return made
+
+
+METHODS = {
+    "CEAT": CEAT(impl="torch"),
+    "EAT": EAT(),
+    "EAT + L^D": EAT(plus_ceat=CalibratedDistance(impl="torch")),
+    "AT": AT(),
+    "Standard": Standard(),
+}
+OPTIMIZERS = {"SGD": SGD(lr=0.05), "clipped": SGD(lr=0.05, grad_clip=0.5), "Adam": Adam(lr=0.01), "AdamW": AdamW()}
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.ensemble.parameters()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_steps_train_like_plain_ones(tmp_path, recorded, method):
+    config = {"method": METHODS[method], "epochs": 4}
+    plain = train(tiny_config(tmp_path / "plain", cuda_graph="off", **config))
+    assert recorded == []
+    graphed = train(tiny_config(tmp_path / "graphed", **config))
+    # Two full batches an epoch: three steps to warm up, the others are replays.
+    assert recorded == [5]
+    assert torch.equal(weights(graphed), weights(plain))
+    assert without_time(graphed.records) == without_time(plain.records)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_and_a_rate_that_changes_at_every_step(tmp_path, recorded, optimizer):
+    config = {"optimizer": OPTIMIZERS[optimizer], "schedule": Cosine(), "epochs": 4}
+    plain = train(tiny_config(tmp_path / "plain", cuda_graph="off", **config))
+    graphed = train(tiny_config(tmp_path / "graphed", **config))
+    assert recorded == [5]
+    torch.testing.assert_close(weights(graphed), weights(plain), rtol=1e-5, atol=1e-7)
+
+
+def test_all_of_a_run_and_a_resume(tmp_path, recorded):
+    """Averages, validation, dropout, a rising radius; cut off in the middle and continued."""
+    plain = train(everything_config(tmp_path / "plain", cuda_graph="off"))
+    whole = train(everything_config(tmp_path / "whole"))
+    # Four full batches an epoch, the first epoch with a rising radius.
+    assert recorded == [2 * 4 - capture.WARM_UPS]
+    assert torch.equal(weights(whole), weights(plain))
+    with pytest.raises(TrainingInterrupted):
+        train(everything_config(tmp_path / "cut"), callbacks=[At(12, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    resumed = train(everything_config(tmp_path / "cut", resume=True))
+    assert torch.equal(weights(resumed), weights(plain))
+    assert without_time(resumed.records) == without_time(plain.records)
+
+
+def test_restarts_and_low_precision(tmp_path, recorded):
+    attack = AttackConfig(eps=0.1, alpha=0.05, steps=2, restarts=2)
+    config = {"attack": attack, "precision": "bf16"}
+    plain = train(tiny_config(tmp_path / "plain", cuda_graph="off", **config))
+    graphed = train(tiny_config(tmp_path / "graphed", **config))
+    assert recorded == [3]
+    assert torch.equal(weights(graphed), weights(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"method": ADP()}, "ADP looks at values on the host"),
+        ({"precision": "fp16"}, "the loss scale of precision 'fp16' is adapted on the host"),
+    ],
+)
+def test_what_cannot_be_captured_runs_without_or_is_refused(tmp_path, recorded, changes, text):
+    train(tiny_config(tmp_path / "auto", **changes))
+    assert recorded == []
+    with pytest.raises(ValueError, match=f"cuda_graph='on': a step cannot be captured: {text}"):
+        train(tiny_config(tmp_path / "on", cuda_graph="on", **changes))
+
+
+def test_refused_without_a_gpu_and_with_an_unknown_word(tmp_path):
+    with pytest.raises(ValueError, match="it needs a CUDA device, got 'cpu'"):
+        train(tiny_config(tmp_path, cuda_graph="on"))
+    with pytest.raises(ValueError, match=r"unknown cuda_graph 'of' \(did you mean 'off'\?\)"):
+        tiny_config(tmp_path, cuda_graph="of")
+
+
+def test_several_processes_are_not_captured():
+    assert obstacle(CEAT(), CUDA, "fp32", False) == "several processes exchange gradients"
+    assert obstacle(CEAT(), CUDA, "bf16", True) is None
+
+
+def test_a_step_that_waits_for_the_device(monkeypatch):
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(capture, "capture", refuse)
+    batch = Batch(torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    seeds = []
+
+    def make(attack, batch):
+        seeds.append(attack.seed)
+
+    captured = CapturedStep(make, required=False)
+    for seed in range(3):
+        captured(PGD(seed=seed), batch)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph .operation not permitted when stream is"):
+        captured(PGD(seed=3), batch)
+    captured(PGD(seed=4), batch)
+    assert seeds == [0, 1, 2, 3, 4]
+    captured = CapturedStep(make, required=True)
+    for seed in range(3):
+        captured(PGD(seed=seed), batch)
+    with pytest.raises(RuntimeError, match="cuda_graph='on': the training step cannot be captured"):
+        captured(PGD(seed=3), batch)
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", ["loop", "vmap", "streams", "streams+channels_last", "vmap+graph"])
+@pytest.mark.parametrize("method", METHODS)
+def test_graphs_on_cuda(tmp_path, backend, method):
+    method = CEAT() if method == "CEAT" else METHODS[method]
+    config = {"method": method, "epochs": 4, "device": "cuda", "backend": backend}
+    plain = train(tiny_config(tmp_path / "plain", cuda_graph="off", **config))
+    graphed = train(tiny_config(tmp_path / "graphed", cuda_graph="on", **config))
+    torch.testing.assert_close(weights(graphed), weights(plain), rtol=1e-3, atol=1e-4)
+    assert graphed.records[-1]["loss"] == pytest.approx(plain.records[-1]["loss"], rel=1e-3)
+
+
+@on_gpu
+def test_a_whole_run_on_cuda(tmp_path):
+    """Averages, validation, dropout, a rising radius."""
+    config = {"device": "cuda", "backend": "streams"}
+    plain = train(everything_config(tmp_path / "plain", cuda_graph="off", **config))
+    graphed = train(everything_config(tmp_path / "graphed", cuda_graph="on", **config))
+    torch.testing.assert_close(weights(graphed), weights(plain), rtol=1e-3, atol=1e-4)
