@@ -18,7 +18,7 @@ from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 BN_MODES = ("eval", "batch")
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
@@ -73,7 +73,7 @@ class _View:
     def __init__(self, model: nn.Module, precision: str, bn_mode: str) -> None:
         self.unfolded: list[str] = []
         self._ensemble_settings = _ensemble_settings(model)
-        dtype = _DTYPES[precision]
+        dtype = DTYPES[precision]
         batch_statistics = bn_mode == "batch"
         self._copies = [
             self._copy(name, part, dtype, _memory_format(model), batch_statistics) for name, part in _parts(model)

@@ -15,14 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import Execution, Tuned, default_execution
-from ceat_fast.ensemble.frozen import frozen, resolve_precision, unfolded
+from ceat_fast.ensemble.frozen import DTYPES, frozen, resolve_precision, unfolded
+from ceat_fast.ensemble.graphs import beside, capture
 from ceat_fast.environment import cache_folder, device_name, library_versions
 from ceat_fast.files import write_json
 from ceat_fast.ops import winograd
@@ -34,8 +35,30 @@ _ROUND_SECONDS = 0.02
 _log = logging.getLogger(__name__)
 
 
+class Work(NamedTuple):
+    """What the members will have to do; see `tune`."""
+
+    precision: str
+    training_precision: str
+    captured: bool
+    passes: int
+    updates: int
+
+    def count(self, kind: str) -> int:
+        """How many passes of that kind."""
+        return self.passes if kind == "attack" else self.updates
+
+
 def tune(
-    ensemble: Ensemble, x: Tensor, *, precision: str = "fp32", passes: int = 0, updates: int = 0, remember: bool = True
+    ensemble: Ensemble,
+    x: Tensor,
+    *,
+    precision: str = "fp32",
+    training_precision: str = "fp32",
+    captured: bool = False,
+    passes: int = 0,
+    updates: int = 0,
+    remember: bool = True,
 ) -> Tuned:
     """Let `ensemble` run in the executions that are the fastest for inputs such as `x`; returns them.
 
@@ -45,6 +68,8 @@ def tune(
         ensemble: its members, weights and modes stay as they are.
         x: (B, ...) inputs of the shape, type and device to come.
         precision: that of the attacks, as in `frozen`.
+        training_precision: of the passes that are trained: "fp32", "bf16" or "fp16", by autocast.
+        captured: whether both will be parts of a captured step, where launches take no time.
         passes: about how many forward and backward passes of attacks will follow. Compiled executions are measured only
             where these would take longer than ten minutes without.
         updates: the same for training passes, each of one batch.
@@ -55,17 +80,18 @@ def tune(
     """
     if ensemble.backend != "auto":
         return Tuned(*[ensemble.execution(x.device)] * 2)
-    precision = resolve_precision(precision, ensemble)
-    expected = {"attack": passes, "training": updates}
-    record = describe_problem(ensemble, x, precision)
+    work = Work(resolve_precision(precision, ensemble), training_precision, captured, passes, updates)
+    record = describe_problem(ensemble, x, work)
     entry = (_load() if remember else {}).get(_key(record), record)
-    missing = [kind for kind, count in expected.items() if not _is_answered(entry.get(kind), count)]
+    missing = [kind for kind in _PASSES if not _is_answered(entry.get(kind), work.count(kind))]
     if missing:
         entry = {**entry, "unfolded": unfolded(ensemble)}
-        entry |= {kind: _measure(kind, ensemble, x, precision, expected[kind]) for kind in missing}
+        # What members draw themselves, for dropout, leaves the caller's generators as they were.
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            entry |= {kind: _measure(kind, ensemble, x, work) for kind in missing}
         if remember:
             _store(_key(record), entry)
-    ensemble.tuned = Tuned(*(Execution.parse(entry[kind]["choice"]) for kind in expected))
+    ensemble.tuned = Tuned(*(Execution.parse(entry[kind]["choice"]) for kind in _PASSES))
     return ensemble.tuned
 
 
@@ -85,7 +111,7 @@ def cache_path() -> Path:
     return cache_folder() / "executions.json"
 
 
-def describe_problem(ensemble: Ensemble, x: Tensor, precision: str) -> dict[str, Any]:
+def describe_problem(ensemble: Ensemble, x: Tensor, work: Work) -> dict[str, Any]:
     """What a choice depends on, as plain JSON values."""
     layout = [(name, tuple(t.shape), str(t.dtype)) for name, t in ensemble.state_dict().items()]
     return {
@@ -94,32 +120,34 @@ def describe_problem(ensemble: Ensemble, x: Tensor, precision: str) -> dict[str,
         "batch": len(x),
         "shape": list(x.shape[1:]),
         "dtype": str(x.dtype).removeprefix("torch."),
-        "precision": precision,
+        "precision": work.precision,
+        "training_precision": work.training_precision,
+        "captured": work.captured,
         "device": device_name(x.device),
         "threads": torch.get_num_threads() if x.device.type == "cpu" else None,
         "versions": library_versions(),
     }
 
 
-def candidates(device: torch.device, kind: str) -> list[Execution]:
-    """The executions without torch.compile that exist on `device`; CUDA graphs are for attacks only."""
+def candidates(device: torch.device, kind: str, captured: bool = False) -> list[Execution]:
+    """The executions without torch.compile that exist on `device`; graphs of attacks, unless the step is one."""
     ways = [Execution("loop"), Execution("loop", channels_last=True), Execution("vmap")]
     if device.type == "cpu" and winograd.missing() is None:
         ways.append(Execution("loop", channels_last=True, winograd=True))
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
-        ways += [replace(way, graph=True) for way in ways if kind == "attack"]
+        ways += [replace(way, graph=True) for way in ways if kind == "attack" and not captured]
     return ways
 
 
-def _measure(kind: str, ensemble: Ensemble, x: Tensor, precision: str, count: int) -> dict[str, Any]:
+def _measure(kind: str, ensemble: Ensemble, x: Tensor, work: Work) -> dict[str, Any]:
     """The choice for one kind of work, the seconds of every candidate, and why others cannot do it."""
-    times, failed = _race(kind, ensemble, x, precision, candidates(x.device, kind))
-    compiled_measured = bool(times) and min(times.values()) * count > COMPILE_PAYS_AFTER
+    times, failed = _race(kind, ensemble, x, work, candidates(x.device, kind, work.captured))
+    compiled_measured = bool(times) and min(times.values()) * work.count(kind) > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))
         contenders = [best, replace(best, compile=True, winograd=False)]
-        times_again, failed_again = _race(kind, ensemble, x, precision, contenders)
+        times_again, failed_again = _race(kind, ensemble, x, work, contenders)
         times, failed = times | times_again, failed | failed_again
     if not times and kind == "attack":
         raise RuntimeError(f"no execution can run this ensemble: {failed}")
@@ -133,7 +161,7 @@ def _measure(kind: str, ensemble: Ensemble, x: Tensor, precision: str, count: in
 
 
 def _race(
-    kind: str, ensemble: Ensemble, x: Tensor, precision: str, executions: Sequence[Execution]
+    kind: str, ensemble: Ensemble, x: Tensor, work: Work, executions: Sequence[Execution]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """(median seconds of each execution over interleaved rounds, why others cannot run).
 
@@ -143,8 +171,11 @@ def _race(
     failed: dict[str, str] = {}
     for execution in executions:
         try:
-            call = _PASSES[kind](ensemble, str(execution), x, precision)
+            call = _PASSES[kind](ensemble, str(execution), x, work)
             _timed(call, 1, x.device)
+            if work.captured:
+                beside(call, x.device)
+                call = capture(call)
             calls[str(execution)] = call
         except torch.OutOfMemoryError as error:
             failed[str(execution)] = f"out of memory: {error}"
@@ -160,11 +191,11 @@ def _race(
     return {name: statistics.median(times) for name, times in samples.items()}, failed
 
 
-def _attack_passes(ensemble: Ensemble, backend: str, x: Tensor, precision: str) -> Callable[[], object]:
+def _attack_passes(ensemble: Ensemble, backend: str, x: Tensor, work: Work) -> Callable[[], object]:
     contender = Ensemble(list(ensemble.members), backend, ensemble.average)
 
     def call() -> object:
-        with torch.enable_grad(), frozen(contender, precision) as view:
+        with torch.enable_grad(), frozen(contender, work.precision) as view:
             assert isinstance(view, Ensemble)
             point = x.detach().requires_grad_()
             return torch.autograd.grad(view.member_logits(point, per_member=False).float().logsumexp(-1).sum(), point)
@@ -172,21 +203,22 @@ def _attack_passes(ensemble: Ensemble, backend: str, x: Tensor, precision: str) 
     return call
 
 
-def _training_passes(ensemble: Ensemble, backend: str, x: Tensor, precision: str) -> Callable[[], object]:
+def _training_passes(ensemble: Ensemble, backend: str, x: Tensor, work: Work) -> Callable[[], object]:
     # On copies: a pass in train mode moves running statistics.
     contender = Ensemble(copy.deepcopy(list(ensemble.members)), backend, ensemble.average).train()
     weights = [parameter for parameter in contender.parameters() if parameter.requires_grad]
 
+    dtype = DTYPES[work.training_precision]
+
     def call() -> object:
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             logits = contender.member_logits(x, per_member=False)
             return torch.autograd.grad(logits.float().logsumexp(-1).sum(), weights, allow_unused=True)
 
     return call
 
 
-_PASSES: dict[str, Callable[[Ensemble, str, Tensor, str], Callable[[], object]]] = {
+_PASSES: dict[str, Callable[[Ensemble, str, Tensor, Work], Callable[[], object]]] = {
     "attack": _attack_passes,
     "training": _training_passes,
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import Ensemble
+from ceat_fast.ensemble.frozen import DTYPES
 from ceat_fast.methods import CEAT, EAT, Batch, Method, StepOutput
 from ceat_fast.methods.calibrated import DistanceSettings
 from ceat_fast.training.capture import CapturedStep, obstacle
@@ -24,8 +25,6 @@ from ceat_fast.training.distributed import Layout, SpreadEnsemble, SynchronisedB
 from ceat_fast.training.optimizers import MemberOptimizer
 from ceat_fast.training.schedules import warmup_factor
 from ceat_fast.training.seeds import stream_seed
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stepper:
@@ -122,7 +121,7 @@ class Stepper:
         return self.ensemble.exchanging(labels if self._exchanges_labels else None)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = _DTYPES.get(self.config.precision)
+        dtype = DTYPES[self.config.precision]
         return nullcontext() if dtype is None else torch.autocast(self.layout.device.type, dtype)
 
     def _batch_norm(self) -> AbstractContextManager[Any]:

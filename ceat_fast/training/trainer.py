@@ -161,7 +161,17 @@ class Trainer:
         if self.layout.is_alone and not self.steps_done and passes + updates >= MEASURE_FROM_PASSES:
             first = self.images[: self.config.batch_size].float() / self.dataset.scale
             precision = self.config.attack.precision
-            self.keeper.run_as(tune(self._local, first, precision=precision, passes=passes, updates=updates))
+            self.keeper.run_as(
+                tune(
+                    self._local,
+                    first,
+                    precision=precision,
+                    training_precision=self.config.precision,
+                    captured=self.stepper.is_captured,
+                    passes=passes,
+                    updates=updates,
+                )
+            )
 
     def _train_epoch(self, interrupts: Interrupts, progress: TrainingProgress) -> None:
         """The batches of the epoch that are still to be done."""
