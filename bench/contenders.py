@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,10 @@ from ceat_fast.methods import CEAT
 from ceat_fast.methods.base import Batch
 from ceat_fast.models import build_model
 from ceat_fast.models.resnet import CIFAR10_STATISTICS, ResNet
+from ceat_fast.ops import winograd
+from ceat_fast.training import AttackConfig, TrainConfig
+from ceat_fast.training.distributed import Layout
+from ceat_fast.training.step import Stepper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,20 +76,32 @@ def peer_calls(members: list[nn.Module], setting: Setting, compiled: bool) -> li
     return [cast(call) for call in calls]
 
 
-def our_ensemble(setting: Setting, compiled: bool) -> tuple[Ensemble, PGD]:
-    """Our ensemble and the attack; with `compiled`, in the executions that are the fastest here for a long job."""
+def our_ensemble(setting: Setting, compiled: bool, captured: bool = False) -> Ensemble:
+    """Our ensemble; with `compiled`, in the executions that are the fastest here for a long job."""
     ensemble = Ensemble(setting.build())
-    if compiled:
-        x, many = setting.data()[0], 1_000_000
-        tune(ensemble, x, precision=setting.precision, passes=many, updates=many, remember=False)
-    return ensemble, PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
+    if compiled or captured:
+        tune(
+            ensemble,
+            setting.data()[0],
+            precision=setting.precision,
+            training_precision=setting.precision,
+            captured=captured,
+            passes=1_000_000 if compiled else 0,
+            updates=1_000_000 if compiled else 0,
+            remember=False,
+        )
+    return ensemble
+
+
+def our_attack(setting: Setting) -> PGD:
+    return PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
 
 
 def pgd_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[], object]]:
     """One PGD attack on one batch, each way."""
     x, y = setting.data()
     author, plain = setting.build(), [m.eval().requires_grad_(False) for m in setting.build()]
-    ensemble, attack = our_ensemble(setting, compiled)
+    ensemble, attack = our_ensemble(setting, compiled), our_attack(setting)
     index = torch.arange(len(x), device=x.device)
     candidates: dict[str, Callable[[], object]] = {
         "author": lambda: peers.author_pgd(author, x, y, setting.steps),
@@ -109,9 +126,13 @@ def ladder_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[]
     rungs = {"folded BatchNorm, fused step": "loop", "channels_last": "loop+channels_last", "or vmap": "vmap"}
     if on_gpu:
         rungs |= {"or streams": "streams", "streams in a graph": "streams+graph", "vmap in a graph": "vmap+graph"}
+        rungs |= {"streams, channels_last, in a graph": "streams+channels_last+graph"}
+        rungs |= {"members as one network": "fused", "members as one network, in a graph": "fused+graph"}
+    elif winograd.missing() is None:
+        rungs["channels_last, Winograd"] = "loop+channels_last+winograd"
     if compiled:
         rungs["channels_last, compiled"] = "loop+channels_last+compile"
-    attack = PGD(peers.EPS, peers.ALPHA, setting.steps, seed=0, precision=setting.precision)
+    attack = our_attack(setting)
     for name, backend in rungs.items():
         ensemble = Ensemble(setting.build(), backend)
         candidates[name] = partial(attack.perturb, ensemble, x, y)
@@ -119,20 +140,19 @@ def ladder_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[]
 
 
 def our_step(setting: Setting, compiled: bool) -> Callable[[], object]:
-    """One CEAT step as the trainer makes it: attack, losses, backward, one optimizer over all members."""
-    ensemble, attack = our_ensemble(setting, compiled)
+    """One CEAT step as the trainer makes it: on a GPU one replay of a graph."""
+    ensemble = our_ensemble(setting, compiled, captured=setting.device.startswith("cuda"))
     x, y = setting.data()
     batch = Batch(x, y, torch.arange(len(x), device=x.device))
-    method = CEAT(peers.LAM, peers.MU)
-    optimizer = torch.optim.SGD(ensemble.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=True)
-
-    def step() -> None:
-        adversarial = method.perturb(attack.perturb, ensemble, batch)
-        optimizer.zero_grad()
-        method.step(ensemble, adversarial, batch).losses.sum().backward()
-        optimizer.step()
-
-    return step
+    config = TrainConfig(
+        method=CEAT(peers.LAM, peers.MU),
+        attack=AttackConfig(peers.EPS, peers.ALPHA, setting.steps, precision=setting.precision),
+        batch_size=setting.batch,
+        precision=setting.precision,
+    )
+    stepper = Stepper(config, ensemble.train(), Layout(x.device, setting.members), steps_per_epoch=391)
+    steps = itertools.count()
+    return lambda: stepper.step(next(steps) % 391, batch, setting.batch)
 
 
 def step_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[], object]]:

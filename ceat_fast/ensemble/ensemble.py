@@ -14,6 +14,7 @@ from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
 from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
+from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
 from ceat_fast.ensemble.graphs import GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
 from ceat_fast.ensemble.streams import run_in_streams
@@ -63,6 +64,7 @@ class Ensemble(nn.Module):
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._graphs = GraphedCalls()
+        self._fused: list[tuple[list[int], FusedMembers]] | None = None
 
     def execution(self, device: torch.device, training: bool | None = None) -> Execution:
         """How the members run on inputs on `device`, in the ensemble's present mode or the one given."""
@@ -115,6 +117,8 @@ class Ensemble(nn.Module):
 
     def _run(self, execution: Execution, x: Tensor, *, per_member: bool) -> Tensor:
         count = len(self.members)
+        if execution.members == "fused" and self.is_view:
+            return self._run_fused(x, per_member)
         if execution.members != "vmap":
             rows = x.unbind(0) if per_member else [x] * count
             with winograd_convolutions(execution.winograd and (self.training or self.is_view), x.device):
@@ -132,9 +136,23 @@ class Ensemble(nn.Module):
 
     def _run_each(self, execution: Execution, rows: Sequence[Tensor]) -> list[Any]:
         members: Sequence[Callable[..., Any]] = self._compiled_members() if execution.compile else list(self.members)
-        if execution.members == "streams":
+        if execution.members in ("streams", "fused"):
             return run_in_streams(members, rows)
         return [member(row) for member, row in zip(members, rows, strict=True)]
+
+    def _run_fused(self, x: Tensor, per_member: bool) -> Tensor:
+        sample = x[:1, 0] if per_member else x[:1]
+        outputs: dict[int, Tensor] = {}
+        try:
+            if self._fused is None:
+                groups = group_members(list(self.members))
+                self._fused = [(group, FusedMembers([self.members[i] for i in group], sample)) for group in groups]
+            for indices, fused in self._fused:
+                rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
+                outputs.update(zip(indices, fused(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
+        except NotFusableError as error:
+            raise RuntimeError(f"backend {self.backend!r} cannot run the members: {error}") from error
+        return _stack_logits([outputs[index] for index in range(len(self.members))])
 
     def _compiled_members(self) -> list[Callable[..., Any]]:
         if [member for member, _ in self._compiled] != list(self.members):
@@ -153,7 +171,7 @@ class Ensemble(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has storage of its own; it makes its own groups.
-        return {**self.__dict__, "_groups": None, "_compiled": [], "_graphs": GraphedCalls()}
+        return {**self.__dict__, "_groups": None, "_compiled": [], "_graphs": GraphedCalls(), "_fused": None}
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, average={self.average!r}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ceat_fast.choices import unknown_name
 from ceat_fast.ops import winograd
 
-MEMBERS = ("loop", "vmap", "streams")
+MEMBERS = ("loop", "vmap", "streams", "fused")
 AUTO = "auto"
 
 
@@ -21,7 +21,8 @@ class Execution:
 
     Args:
         members: "loop" runs one after the other; "streams" each on a CUDA stream of its own; "vmap" members of one
-            architecture as one batched module.
+            architecture as one batched module; "fused", on CUDA with Triton, as "streams" in training, but attacked
+            views of one architecture as one network whose convolutions take addition and ReLU along.
         channels_last: image batches (B, C, H, W), and the weights of an attacked view, in that memory format.
         compile: through torch.compile.
         graph: on CUDA, replay the frozen view's forward and backward as CUDA graphs. Where there is nothing to capture
@@ -53,6 +54,8 @@ class Execution:
         for option in options:
             if option not in known:
                 raise ValueError(unknown_name(f"option of backend {text!r}", option, known))
+        if members == "fused" and not set(options) <= {"graph"}:
+            raise ValueError(f"backend {text!r}: 'fused' goes with no option but graph")
         if "winograd" in options and (members != "loop" or "compile" in options):
             raise ValueError(f"backend {text!r}: winograd is for 'loop', and without compile")
         return cls(members, **dict.fromkeys(options, True))

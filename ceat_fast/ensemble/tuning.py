@@ -26,7 +26,7 @@ from ceat_fast.ensemble.frozen import DTYPES, frozen, resolve_precision, unfolde
 from ceat_fast.ensemble.graphs import beside, capture
 from ceat_fast.environment import cache_folder, device_name, library_versions
 from ceat_fast.files import write_json
-from ceat_fast.ops import winograd
+from ceat_fast.ops import triton_backend, winograd
 
 # A network of the size in question compiles in about a minute: not worth it for a job that is shorter.
 COMPILE_PAYS_AFTER = 600.0  # seconds
@@ -136,6 +136,8 @@ def candidates(device: torch.device, kind: str, captured: bool = False) -> list[
         ways.append(Execution("loop", channels_last=True, winograd=True))
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
+        if kind == "attack" and triton_backend.missing("cuda") is None:
+            ways.append(Execution("fused"))
         ways += [replace(way, graph=True) for way in ways if kind == "attack" and not captured]
     return ways
 

@@ -1,0 +1,208 @@
+"""Frozen members as one network: what is fused, equal outputs and gradients, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ceat_fast import Ensemble
+from ceat_fast.attacks import PGD
+from ceat_fast.ensemble import frozen, fused
+from ceat_fast.ensemble.fused import FusedMembers, MemberConvolution, MemberModule, NotFusableError
+from ceat_fast.models import digits_resnet, resnet20
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def plain_convolution(x, weight, bias, residual=None, *, stride=1, relu=True):
+    """The kernel's contract in torch: (M, B, H, W, C), weights (M, 9, C, F)."""
+    out = torch.stack(
+        [
+            F.conv2d(a.permute(0, 3, 1, 2), w.permute(2, 1, 0).unflatten(2, (3, 3)), b, stride, padding=1)
+            for a, w, b in zip(x, weight, bias, strict=True)
+        ]
+    ).permute(0, 1, 3, 4, 2)
+    out = out if residual is None else out + residual
+    return (out.relu() if relu else out).contiguous()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(fused.triton_backend, "missing", lambda device: None)
+    monkeypatch.setattr(fused.convolution, "member_convolution", plain_convolution)
+    monkeypatch.setitem(fused._TOLERANCE, torch.float64, 1e-9)
+
+
+def lived_in(build, members=3):
+    torch.manual_seed(0)
+    models = [build().double() for _ in range(members)]
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.add_(0.1 * torch.rand_like(tensor))
+    return models
+
+
+def images(count=4, channels=3, side=8):
+    return torch.rand(count, channels, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Odd(nn.Module):
+    """What a foreign model may do: a projection on both sides, in-place additions, pooling, other convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.left, self.right = nn.Conv2d(16, 32, 1, 2, bias=False), nn.Conv2d(16, 32, 3, 2, padding=1)
+        self.wide = nn.Conv2d(32, 32, 5, padding=2)
+        self.slope = nn.PReLU(32)
+        self.relu = nn.LeakyReLU(0.3)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.norm = nn.BatchNorm1d(32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.stem(x), inplace=True), 2)
+        out = self.left(x)
+        out += self.right(x)
+        out = self.relu(out)
+        out = self.slope(self.wide(out)) + out
+        out = torch.relu(out + out.mean((2, 3), keepdim=True))
+        return self.head(self.norm(self.pool(out).view(out.size(0), -1)))
+
+
+class Broadcast(nn.Module):
+    """An addition of other shape behind a convolution is not the kernel's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.fc(F.relu(self.b(x) + x.mean((2, 3), keepdim=True)).mean((2, 3)))
+
+
+MODELS = {"resnet20": resnet20, "odd": Odd, "broadcast": Broadcast}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("per_member", [False, True])
+def test_the_same_function_and_gradient(on_cpu, model, per_member):
+    models = lived_in(MODELS[model])
+    x = torch.stack([images() + 0.1 * m for m in range(3)]) if per_member else images()
+    results = []
+    for backend in ("loop", "fused"):
+        with frozen(Ensemble(models, backend)) as view:
+            point = x.clone().requires_grad_()
+            logits = view.member_logits(point, per_member=per_member)
+            (grad,) = torch.autograd.grad(logits.square().sum(), point)
+            results.append((logits.detach(), grad))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-11)
+
+
+def test_every_convolution_of_a_resnet_takes_its_epilogue_along(on_cpu):
+    with frozen(Ensemble(lived_in(resnet20), "fused")) as view:
+        view.member_logits(images())
+        network = view._fused[0][1]._network
+    kinds = [type(module) for module in network.children()]
+    assert kinds.count(MemberConvolution) == 21
+    assert kinds.count(MemberModule) == 2  # normalisation and head
+    assert not {"add", "relu"} & {str(node.target).split(".")[-1] for node in network.graph.nodes}
+    convolutions = [module for module in network.children() if isinstance(module, MemberConvolution)]
+    assert sum(module.relu for module in convolutions) == 19
+    code = network.code
+    assert "relu" not in code
+    assert " + " not in code
+
+
+def test_it_follows_the_weights_and_the_groups(on_cpu):
+    models = [*lived_in(resnet20, 2), *lived_in(Odd, 2)]
+    for model in models[2:]:
+        model.head = nn.Linear(32, 10).double()
+    ensemble, plain = Ensemble(models, "fused"), Ensemble(models, "loop")
+    for _ in range(2):
+        with frozen(ensemble) as view, frozen(plain) as right:
+            torch.testing.assert_close(view(images()), right(images()), rtol=1e-9, atol=1e-11)
+        with torch.no_grad():
+            for parameter in ensemble.parameters():
+                parameter.mul_(1.01).add_(0.001)
+            for model in models[:2]:
+                model.bn1.running_mean.add_(0.3)
+
+
+def test_attacks_and_training_with_it(on_cpu):
+    models = lived_in(lambda: digits_resnet(in_channels=3), 2)
+    attack, y = PGD(0.1, 0.03, 3, seed=0, goal="members"), torch.zeros(4, dtype=torch.int64)
+    found = [attack(Ensemble(models, backend).eval(), images(), y) for backend in ("loop", "fused")]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+class Mixing(Odd):
+    def forward(self, x):
+        return super().forward(x) + super().forward(x).mean(0)
+
+
+class OwnTensor(Odd):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class BatchMean(Broadcast):
+    def forward(self, x):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+class Branching(Broadcast):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (Mixing, "stem is called twice"),
+        (OwnTensor, "the forward uses a tensor of the module itself, scale"),
+        (BatchMean, "the forward does not treat every sample by itself"),
+        (Branching, r"torch.fx cannot trace the forward \(TraceError\)"),
+    ],
+)
+def test_what_cannot_be_fused(on_cpu, model, text):
+    x = torch.stack([images() * (m + 1) for m in range(3)])
+    with frozen(Ensemble(lived_in(model), "fused")) as view, pytest.raises(RuntimeError, match=text):
+        view.member_logits(x)
+
+
+def test_refused_without_triton_or_a_gpu():
+    with pytest.raises(NotFusableError, match="triton"):
+        FusedMembers([resnet20()], torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="'fused' goes with no option but graph"):
+        Ensemble([resnet20()], "fused+channels_last")
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["fused", "fused+graph"])
+def test_on_cuda(precision, backend):
+    models = [model.float().cuda() for model in lived_in(resnet20)]
+    x = images(33, side=32).float().cuda()
+    with frozen(Ensemble([m.double() for m in lived_in(resnet20)], "loop").cuda()) as view:
+        point = x.double().requires_grad_()
+        right = view.member_logits(point)
+        (right_grad,) = torch.autograd.grad(right.sum(), point)
+    with frozen(Ensemble(models, backend), precision) as view:
+        for _ in range(2):
+            point = x.clone().requires_grad_()
+            logits = view.member_logits(point)
+            (grad,) = torch.autograd.grad(logits.sum(), point)
+    bound = 1e-4 if precision == "fp32" else 5e-2
+    assert (logits - right).norm() < bound * right.norm()
+    assert (grad - right_grad).norm() < 2 * bound * right_grad.norm()
