@@ -47,7 +47,7 @@ piece_build() {
   "${PYTHON:-python3}" -m venv --system-site-packages "$venv" || return
   local offline=()
   [ -z "${WHEELS:-}" ] || offline=(--no-index --find-links "$WHEELS")
-  "$python" -m pip install --quiet "${offline[@]}" setuptools cmake ninja pybind11 || return
+  "$python" -m pip install --quiet "${offline[@]}" "setuptools>=77" cmake ninja pybind11 || return
   "$python" -m pip install --quiet "${offline[@]}" --no-build-isolation --editable '.[test,bench]' || return
   "$python" -m ceat_fast info
   $dry_run || has_gpu || { echo "no GPU: use --dry-run"; return 1; }

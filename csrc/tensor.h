@@ -10,6 +10,11 @@
 
 #include <initializer_list>
 
+// The headers of torch before 2.12 have the check of a call into the C shim under this name.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace ceat_tensor {
 
 using torch::headeronly::ScalarType;
