@@ -29,7 +29,8 @@ pieces=("$@")
 venv=.venv-gpu
 python=$venv/bin/python
 limit=530
-op_tests=(tests/test_loss.py tests/test_native.py tests/test_noise.py tests/test_member_convolution.py)
+workers=$(($(nproc) < 12 ? $(nproc) : 12)) # each has a CUDA context of its own
+op_tests=(tests/test_cuda.py tests/test_loss.py tests/test_native.py tests/test_noise.py tests/test_member_convolution.py)
 
 has_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
 
@@ -38,13 +39,15 @@ sanitize() {
     "$python" -m pytest -q -x "${op_tests[@]}"
   else
     compute-sanitizer --tool "$1" --error-exitcode 1 --target-processes all \
-      "$python" -m pytest -q -x -k cuda "${op_tests[@]}"
+      "$python" -m pytest -q -x -k "cuda and not 32_bit and not cpu" "${op_tests[@]}"
   fi
 }
 
 piece_build() {
-  # The machine's own torch is used, not another copy.
-  "${PYTHON:-python3}" -m venv --system-site-packages "$venv" || return
+  # The machine's own torch is used, not another copy; it may lie in a virtual environment itself.
+  local parent=${PYTHON:-python3}
+  "$parent" -m venv "$venv" || return
+  "$parent" -c 'import site; print("\n".join(site.getsitepackages()))' >"$(echo "$venv"/lib/python*/site-packages)/parent.pth"
   local offline=()
   [ -z "${WHEELS:-}" ] || offline=(--no-index --find-links "$WHEELS")
   "$python" -m pip install --quiet "${offline[@]}" "setuptools>=77" cmake ninja pybind11 || return
@@ -53,12 +56,12 @@ piece_build() {
   $dry_run || has_gpu || { echo "no GPU: use --dry-run"; return 1; }
 }
 
-piece_tests_ops() { "$python" -m pytest -q "${op_tests[@]}"; }
+piece_tests_ops() { OMP_NUM_THREADS=1 "$python" -m pytest -q -n "$workers" "${op_tests[@]}"; }
 
 piece_tests_rest() {
   local ignored=()
   for file in "${op_tests[@]}"; do ignored+=(--ignore "$file"); done
-  OMP_NUM_THREADS=1 "$python" -m pytest -q -n auto --dist loadfile "${ignored[@]}"
+  OMP_NUM_THREADS=1 "$python" -m pytest -q -n "$workers" --dist loadfile "${ignored[@]}"
 }
 
 piece_memcheck() { sanitize memcheck; }
@@ -94,7 +97,7 @@ for piece in "${pieces[@]}"; do
   began=$SECONDS
   export -f "piece_$piece" sanitize has_gpu
   # A piece runs in a shell of its own, which timeout can end with all that it started.
-  if out=$out venv=$venv python=$python dry_run=$dry_run op_tests_text="${op_tests[*]}" \
+  if out=$out venv=$venv python=$python dry_run=$dry_run workers=$workers op_tests_text="${op_tests[*]}" \
     timeout --kill-after=10 $limit bash -c "read -ra op_tests <<<\"\$op_tests_text\"; piece_$piece" >"$out/$piece.log" 2>&1; then
     date -u +%FT%TZ >"$out/$piece.done"
     echo "$piece: passed in $((SECONDS - began)) s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,10 @@ class Ensemble(nn.Module):
             return reference.ensemble_log_prob(logits)
         return logits.to(reference.compute_dtype(logits.dtype)).mean(0).log_softmax(-1)
 
+    def convolutions(self, execution: Execution, device: torch.device) -> AbstractContextManager[object]:
+        """A `with` block in which members convolve as that execution says; as torch does where this is a judge."""
+        return winograd_convolutions(execution.winograd and (self.training or self.is_view), device)
+
     def member_logits(self, x: Tensor, per_member: bool | None = None) -> Tensor:
         """Logits of every member, (M, B, K), in member order.
 
@@ -121,7 +126,7 @@ class Ensemble(nn.Module):
             return self._run_fused(x, per_member)
         if execution.members != "vmap":
             rows = x.unbind(0) if per_member else [x] * count
-            with winograd_convolutions(execution.winograd and (self.training or self.is_view), x.device):
+            with self.convolutions(execution, x.device):
                 return _stack_logits(self._run_each(execution, [execution.arrange(row) for row in rows]))
         outputs: dict[int, Tensor] = {}
         for group in self._current_groups():

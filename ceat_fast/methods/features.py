@@ -129,7 +129,8 @@ class MemberFeatures:
                 if self._ensemble.backend != AUTO:
                     raise
                 self._refused = True
-        return [part(execution.arrange(row)) for part, row in zip(self._parts, x.unbind(), strict=True)]
+        with self._ensemble.convolutions(execution, x.device):
+            return [part(execution.arrange(row)) for part, row in zip(self._parts, x.unbind(), strict=True)]
 
     def _grouped(self, x: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
