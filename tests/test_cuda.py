@@ -14,7 +14,7 @@ from ceat_fast.methods import CEAT, EAT
 from ceat_fast.models import digits_resnet
 from ceat_fast.ops import dispatch
 from ceat_fast.ops.convolution import member_convolution, pack_weights
-from ceat_fast.ops.reference import CeatSettings, pgd_step
+from ceat_fast.ops.reference import REDUCTIONS, CeatSettings, pgd_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -148,7 +148,7 @@ def test_loss_beyond_32_bit_indices():
     adv = torch.randn(members, samples, classes, device=CUDA, dtype=torch.bfloat16)
     nat = adv.roll(1, 0)
     target = labels(0, samples, classes)
-    settings = SETTINGS._replace(reduction=1)
+    settings = SETTINGS._replace(reduction=REDUCTIONS.index("none"))
     reference = dispatch.module(dispatch.backend_name("torch", "cuda"))
     for impl in ("native", "triton"):
         module = dispatch.module(dispatch.backend_name(impl, "cuda"))

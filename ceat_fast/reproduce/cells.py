@@ -18,7 +18,9 @@ from ceat_fast.training import NonFiniteLossError, Run, TrainConfig, Trainer
 from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import config_to_dict
 
-_WHERE = ("out", "device", "backend", "resume", "checkpoint", "watch", "parallel", "tensorboard", "evaluation")
+_WHERE = (
+    "out", "device", "backend", "cuda_graph", "resume", "checkpoint", "watch", "parallel", "tensorboard", "evaluation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
