@@ -35,7 +35,7 @@ inline Tensor empty_strided(const Tensor& like, ScalarType dtype, int64_t dim, c
 
 // An uninitialised contiguous tensor.
 inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  int64_t strides[4], stride = 1;
+  int64_t strides[5], stride = 1;
   const int64_t* size = sizes.begin();
   for (int i = int(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = stride;

@@ -13,7 +13,7 @@ from ceat_fast.loss import ceat_loss, ensemble_cross_entropy
 from ceat_fast.methods import CEAT, EAT
 from ceat_fast.models import digits_resnet
 from ceat_fast.ops import dispatch
-from ceat_fast.ops.convolution import member_convolution, pack_weights
+from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.reference import REDUCTIONS, CeatSettings, pgd_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,15 +68,17 @@ def noise(_):
     return call, lambda seed: (torch.arange(seed, seed + 9, device=CUDA), torch.tensor(seed, device=CUDA))
 
 
-def convolution(_):
-    def call(x, weight, bias, residual):
-        x = x.detach().requires_grad_()
-        out = member_convolution(x, pack_weights(weight), bias, residual)
-        return (out, *torch.autograd.grad(out.square().sum(), x))
+def convolution(impl):
+    dtype = torch.bfloat16 if impl == "native" else torch.float32
+
+    def call(x, weight, bias, other):
+        weights = MemberWeights(weight, bias, 1)
+        return weights.convolve(x, other, relu=True), weights.input_gradient(x, 8, 8, other, gate=other)
 
     def inputs(seed):
-        x = logits(seed, (3, 2, 8, 8, 16), torch.bfloat16)
-        return x, logits(seed + 1, (3, 16, 16, 3, 3), torch.bfloat16) / 12, logits(seed + 2, (3, 16)), x * 0.5
+        x = logits(seed, (3, 2, 8, 8, 16), dtype)
+        weight, bias = logits(seed + 1, (3, 16, 3, 3, 16), dtype) / 12, logits(seed + 2, (3, 16), dtype)
+        return x, weight, bias, x * 0.5
 
     return call, inputs
 
@@ -84,6 +86,7 @@ def convolution(_):
 OPS = [
     *((op, impl) for op in (loss_and_gradients, attack_loss_and_gradient, step) for impl in IMPLS),
     (noise, "torch"),
+    (convolution, "native"),
     (convolution, "triton"),
 ]
 every_op = pytest.mark.parametrize(("op", "impl"), OPS, ids=lambda value: getattr(value, "__name__", value))

@@ -26,13 +26,15 @@ DEVICE_FLAGS = ["-std=c++17", "-O3", "-gencode", "arch=compute_90,code=sm_90"]
 HOST_CALL_IS_AN_ERROR = "-diag-error=20011"
 
 # Four element types times four kinds of rows (thread, sub-warp, warp, streamed); PGD: two image types times four
-# gradient types; scaling: four types times three pack widths; one adding kernel per loss file and compute type.
+# gradient types; scaling: four types times three pack widths; one adding kernel per loss file and compute type;
+# convolutions: three numbers of channels times three of filters times three directions.
 KERNELS = {
     "ceat_loss_kernel": 16,
     "ensemble_kernel": 16,
     "pgd_step_kernel": 8,
     "scale_gradients_kernel": 12,
     "sum_rows_kernel": 4,
+    "convolution_kernel": 27,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unittest.mock
+
 import pytest
 import torch
 from torch import nn
@@ -10,28 +12,43 @@ from torch.nn import functional as F
 from ceat_fast import Ensemble
 from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import frozen, fused
-from ceat_fast.ensemble.fused import FusedMembers, MemberConvolution, MemberModule, NotFusableError
+from ceat_fast.ensemble.fused import FusedMembers, MemberModule, NotFusableError
 from ceat_fast.models import digits_resnet, resnet20
+from ceat_fast.ops.convolution import MemberWeights
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def plain_convolution(x, weight, bias, residual=None, *, stride=1, relu=True):
-    """The kernel's contract in torch: (M, B, H, W, C), weights (M, 9, C, F)."""
-    out = torch.stack(
-        [
-            F.conv2d(a.permute(0, 3, 1, 2), w.permute(2, 1, 0).unflatten(2, (3, 3)), b, stride, padding=1)
-            for a, w, b in zip(x, weight, bias, strict=True)
-        ]
-    ).permute(0, 1, 3, 4, 2)
-    out = out if residual is None else out + residual
-    return (out.relu() if relu else out).contiguous()
+class PlainWeights(MemberWeights):
+    """The kernels' contract in torch."""
+
+    calls = 0
+
+    def convolve(self, x, residual=None, *, relu):
+        self.calls += 1
+        out = torch.stack([self._one(m, row) for m, row in enumerate(x)])
+        out = out if residual is None else out + residual
+        return (out.relu() if relu else out).contiguous()
+
+    def input_gradient(self, grad, height, width, residual=None, gate=None):
+        self.calls += 1
+        x = grad.new_zeros(*grad.shape[:2], height, width, self.channels, requires_grad=True)
+        with torch.enable_grad():
+            out = torch.stack([self._one(m, row) for m, row in enumerate(x)])
+        (inner,) = torch.autograd.grad(out, x, grad)
+        inner = inner if residual is None else inner + residual
+        return (inner if gate is None else inner * (gate > 0)).contiguous()
+
+    def _one(self, member, x):
+        weight = self.taps[member].permute(2, 1, 0).unflatten(2, (3, 3))
+        images = x.permute(0, 3, 1, 2)
+        return F.conv2d(images, weight, self.bias[member], self.stride, padding=1).permute(0, 2, 3, 1)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(fused.triton_backend, "missing", lambda device: None)
-    monkeypatch.setattr(fused.convolution, "member_convolution", plain_convolution)
+    monkeypatch.setattr(fused.convolution, "missing", lambda device: None)
+    monkeypatch.setattr(fused, "MemberWeights", PlainWeights)
     monkeypatch.setitem(fused._TOLERANCE, torch.float64, 1e-9)
 
 
@@ -107,17 +124,26 @@ def test_the_same_function_and_gradient(on_cpu, model, per_member):
 
 def test_every_convolution_of_a_resnet_takes_its_epilogue_along(on_cpu):
     with frozen(Ensemble(lived_in(resnet20), "fused")) as view:
-        view.member_logits(images())
-        network = view._fused[0][1]._network
-    kinds = [type(module) for module in network.children()]
-    assert kinds.count(MemberConvolution) == 21
-    assert kinds.count(MemberModule) == 2  # normalisation and head
-    assert not {"add", "relu"} & {str(node.target).split(".")[-1] for node in network.graph.nodes}
-    convolutions = [module for module in network.children() if isinstance(module, MemberConvolution)]
-    assert sum(module.relu for module in convolutions) == 19
-    code = network.code
-    assert "relu" not in code
-    assert " + " not in code
+        x = images().requires_grad_()
+        logits = view.member_logits(x)
+        steps = view._fused[0][1].program.steps
+        convolutions = [step for step in steps if isinstance(step, fused._Convolution)]
+        others = [step.call for step in steps if isinstance(step, fused._Operation)]
+        assert len(convolutions) == 21
+        assert [step.relu for step in convolutions].count(True) == 19
+        assert [step.residual is None for step in convolutions].count(False) == 9
+        # Normalisation and head; the identities in place of BatchNorm and in the shortcuts; the average.
+        assert [type(call) for call in others].count(MemberModule) == 2
+        assert {type(call) for call in others} == {MemberModule, nn.Identity, fused._Method}
+        before = [step.layer.weights.calls for step in convolutions]
+        masks = []
+        gate = torch.ops.aten.threshold_backward
+        with unittest.mock.patch.object(
+            fused.torch.ops.aten, "threshold_backward", lambda *a: masks.append(a) or gate(*a)
+        ):
+            torch.autograd.grad(logits.sum(), x)
+        assert [step.layer.weights.calls for step in convolutions] == [count + 1 for count in before]
+        assert len(masks) == 1  # of the last ReLU, whose gradient comes from the average
 
 
 def test_it_follows_the_weights_and_the_groups(on_cpu):

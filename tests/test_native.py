@@ -45,7 +45,11 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
             torch.library.opcheck(ops.ceat_loss_native, (adv, nat, target, *settings, need_grad, need_parts))
             torch.library.opcheck(ops.ensemble_cross_entropy_native, (adv, target, reduction, need_grad))
     grad_dtype = torch.float32 if dtype == torch.float16 else dtype
-    for loss_grad in (torch.rand(3, device=device), torch.rand(3, 5, device=device)):
+    loss_dtype = torch.promote_types(dtype, torch.float32)
+    for loss_grad in (
+        torch.rand(3, device=device, dtype=loss_dtype),
+        torch.rand(3, 5, device=device, dtype=loss_dtype),
+    ):
         torch.library.opcheck(ops.scale_gradients_native, (adv.to(grad_dtype), nat.to(grad_dtype), loss_grad))
     x = torch.rand(2, 3, 4, 4, device=device)
     torch.library.opcheck(ops.pgd_step_native, (x, (x - 0.5).to(dtype), x, 0.1, 0.2))
@@ -91,13 +95,13 @@ def test_pgd_step_keeps_the_memory_format(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_scale_gradients(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     grads = torch.randn(2, 3, 9, 11, device=device).to(dtype)
-    loss_grad = torch.randn(shape, device=device)
+    loss_grad = torch.randn(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
     scaled = native.scale_gradients(*grads, loss_grad)
     factor = loss_grad.reshape(*shape, *[1] * (3 - len(shape)))
     for out, grad in zip(scaled, grads, strict=True):
         assert out.dtype == dtype
         torch.testing.assert_close(out, (grad.to(torch.promote_types(dtype, torch.float32)) * factor).to(dtype))
-    expanded = torch.full((1,), 2.0, device=device).expand(3)
+    expanded = loss_grad.new_full((1,), 2.0).expand(3)
     assert torch.equal(native.scale_gradients(*grads, expanded)[0], grads[0] * 2)
 
 

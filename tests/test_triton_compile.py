@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ceat_fast.ops import convolution, triton_backend
+from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.reference import CeatSettings
 
 pytestmark = [
@@ -143,18 +144,14 @@ def test_scale_gradients(compile_launches):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("channels", "filters", "stride"), [(16, 16, 1), (32, 64, 2)])
 def test_member_convolution(compile_launches, channels, filters, stride, backward):
-    x = torch.zeros(3, 4, 8, 8, channels, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.zeros(3, 9, channels, filters, dtype=torch.bfloat16)
-    residual = torch.zeros(3, 4, 8 // stride, 8 // stride, filters, dtype=torch.bfloat16)
-    out = []
-
-    def forward():
-        bias = torch.zeros(3, filters)
-        out.append(convolution.member_convolution(x, weight, bias, residual, stride=stride))
-
-    kernels = compile_launches(forward)
+    bf16 = {"dtype": torch.bfloat16}
+    weights = MemberWeights(torch.zeros(3, filters, 3, 3, channels, **bf16), torch.zeros(3, filters, **bf16), stride)
+    x = torch.zeros(3, 4, 8, 8, channels, **bf16)
+    out = torch.zeros(3, 4, 8 // stride, 8 // stride, filters, **bf16)
     if backward:
-        kernels = compile_launches(out[0].backward, torch.zeros_like(out[0]))
+        kernels = compile_launches(weights.input_gradient, out, 8, 8, x, x)
+    else:
+        kernels = compile_launches(lambda: weights.convolve(x, out, relu=True))
     assert_good_machine_code(kernels)
     assert re.search("mma.sync|wgmma|tcgen05.mma", kernels[0].asm["ptx"])
     assert re.search(r"st\.local|ld\.local", kernels[0].asm["ptx"]) is None

@@ -164,6 +164,11 @@ class Ensemble(nn.Module):
             self._compiled = [(member, torch.compile(member)) for member in self.members]
         return [compiled for _, compiled in self._compiled]
 
+    def weights_changed(self) -> None:
+        """What was made from the members' weights follows them: for views, whose weights are copies."""
+        for _, fused in self._fused or ():
+            fused.refresh()
+
     def regroup(self) -> None:
         """Compare the members' architectures anew before the next run."""
         self._groups = None

@@ -123,6 +123,8 @@ class _View:
         for (_, part), folded in zip(_parts(model), self._copies, strict=True):
             if folded is not None:
                 folded.refresh(part)
+        if isinstance(self.module, Ensemble):
+            self.module.weights_changed()
 
 
 _views: WeakKeyDictionary[nn.Module, dict[tuple[str, str], _View]] = WeakKeyDictionary()

@@ -3,29 +3,36 @@
 The members lie along the batch: (M * B, C, H, W), channels last. What treats samples alike (pooling, additions) runs on
 it as it is. A 3x3 or 1x1 convolution becomes one of all members, which takes the addition and the ReLU behind it along;
 any other module with tensors of its own is vmapped over the members. torch.fx finds them.
+
+The gradient for the input goes the same way back: one launch for each convolution, which adds what the convolution's
+input has of gradient from elsewhere, and applies the ReLU that the input came out of. Other operations are autograd's.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, stack_module_state
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from ceat_fast.ops import convolution, triton_backend
+from ceat_fast.ops import convolution
+from ceat_fast.ops.convolution import MemberWeights
 
 _RELUS = {"call_function": (F.relu, torch.relu, torch.relu_), "call_method": ("relu", "relu_")}
 _ADDITIONS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 # How far fused and separate outputs may lie apart, relative to the largest: roundings, and those of TF32 for fp32.
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.01}
 
-
 Kinds = Mapping[fx.Node, type[nn.Module]]  # of the nodes that call a module
+Values = dict[fx.Node, Any]
 
 
 class NotFusableError(Exception):
@@ -35,20 +42,19 @@ class NotFusableError(Exception):
 class FusedMembers:
     """Members of one architecture, in eval mode, as one network.
 
-    Their convolutions' weights and biases become views into storage of all members, in which the kernels read them: who
-    changes them in place changes the fused network.
+    Their tensors become views into storage of all members. Who changes them in place calls `refresh`.
 
     Args:
         members: at least one module.
         sample: an input (1, C, H, W) of one of them.
 
     Raises:
-        NotFusableError: there is no Triton for this device; torch.fx cannot follow the forward; it uses tensors of the
-            root module itself, or a module with tensors twice.
+        NotFusableError: there are no kernels for this device; torch.fx cannot follow the forward; it uses tensors of
+            the root module itself, or a module with tensors twice.
     """
 
     def __init__(self, members: Sequence[nn.Module], sample: Tensor) -> None:
-        reason = triton_backend.missing(sample.device.type)
+        reason = convolution.missing(sample.device.type)
         if reason is not None:
             raise NotFusableError(reason)
         self.members = list(members)
@@ -60,7 +66,15 @@ class FusedMembers:
         own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
         if own is not None:
             raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
-        self._network = _fuse(_with_shapes(graph, members[0], sample), self.members)
+        with torch.no_grad():
+            ShapeProp(fx.GraphModule(members[0], graph)).propagate(sample)
+        self.program = _Program(graph, self.members)
+
+    def refresh(self) -> None:
+        """Take over weights that were changed in place."""
+        for step in self.program.steps:
+            if isinstance(step, _Convolution):
+                step.layer.weights.refresh()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs of the members, (M * B, C, H, W), member by member -> logits (M * B, K).
@@ -68,62 +82,66 @@ class FusedMembers:
         Raises:
             NotFusableError: at the first call: the outputs are not those of the members, whose forward mixes samples.
         """
-        x = x.contiguous(memory_format=torch.channels_last)
         if not self._proved and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._prove(x.detach())
             self._proved = True
-        logits: Tensor = self._network(x)
+        logits: Tensor = _Fused.apply(x, self.program)
         return logits
 
     @torch.no_grad()
     def _prove(self, x: Tensor) -> None:
         right = torch.cat([member(part) for member, part in zip(self.members, x.chunk(len(self.members)), strict=True)])
-        fused = self._network(x)
+        fused = self.program.run(x)
         # Not a comparison the other way round: NaN in both is none of this check's business.
         if fused.shape != right.shape or (fused - right).abs().max() > _TOLERANCE[x.dtype] * right.abs().max():
             raise NotFusableError("the forward does not treat every sample by itself")
 
 
-class MemberConvolution(nn.Module):
-    """A convolution of every member, then perhaps the addition of a residual and a ReLU: (M * B, C, H, W) -> alike.
+class MemberConvolution:
+    """A convolution of every member.
 
-    A 1x1 convolution is a 3x3 one whose outer taps are 0; channels are filled up with zeros to a width of the kernel.
+    A 1x1 convolution is a 3x3 one of whose taps only the middle one is not 0; channels are filled up with zeros to a
+    width of the kernel. The members' own weights become views into storage of all.
     """
 
-    def __init__(self, layers: Sequence[nn.Conv2d], relu: bool) -> None:
-        super().__init__()
+    def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         first = layers[0]
-        self.members, self.stride, self.relu = len(layers), first.stride[0], relu
-        self.missing = _width(first.in_channels) - first.in_channels
+        self.members, self.channels = len(layers), first.in_channels
         size = self.members, first.out_channels, 3, 3, _width(first.in_channels)
-        weights = first.weight.new_zeros(size)
-        self.bias = first.weight.new_zeros(size[:2])
-        middle = slice(None) if first.kernel_size == (3, 3) else slice(1, 2)
-        for layer, weight, bias in zip(layers, weights, self.bias, strict=True):
+        storage, biases = first.weight.new_zeros(size), first.weight.new_zeros(size[:2])
+        point = first.kernel_size == (1, 1)
+        middle = slice(1, 2) if point else slice(None)
+        for layer, weight, bias in zip(layers, storage, biases, strict=True):
             own = weight[:, middle, middle, : first.in_channels].permute(0, 3, 1, 2)
             layer.weight.data = own.copy_(layer.weight)
             if layer.bias is not None:
                 layer.bias.data = bias.copy_(layer.bias)
-        self.taps = weights.flatten(2, 3).permute(0, 2, 3, 1)
+        self.weights = MemberWeights(storage, biases, first.stride[0], point)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        rows = self._rows(F.pad(x, (0, 0, 0, 0, 0, self.missing)) if self.missing else x)
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last."""
         skip = None if residual is None else self._rows(residual)
-        out = convolution.member_convolution(rows, self.taps, self.bias, skip, stride=self.stride, relu=self.relu)
-        return out.flatten(0, 1).permute(0, 3, 1, 2)
+        return _images(self.weights.convolve(self._filled(x), skip, relu=relu))
+
+    def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+        """See `MemberWeights.input_gradient`; `like` is the input."""
+        others = [None if t is None else self._filled(t) for t in (residual, gate)]
+        rows = self.weights.input_gradient(self._rows(grad), *like.shape[2:], *others)
+        return _images(rows)[:, : self.channels]
+
+    def _filled(self, x: Tensor) -> Tensor:
+        missing = self.weights.channels - self.channels
+        return self._rows(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """(M * B, C, H, W) -> (M, B, H, W, C), contiguous."""
         return _by_member(x.permute(0, 2, 3, 1), self.members).contiguous()
 
 
-class MemberModule(nn.Module):
+class MemberModule:
     """A module of every member, vmapped: (M * B, ...) -> (M * B, ...)."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.count = len(modules)
-        self._first = [modules[0]]  # in a list: not a submodule, whose tensors belong to the member
+        self.count, self._first = len(modules), modules[0]
         parameters, buffers = stack_module_state(list(modules))
         self._stacks = {**{name: stack.detach() for name, stack in parameters.items()}, **buffers}
         named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in modules]
@@ -131,18 +149,183 @@ class MemberModule(nn.Module):
             for tensors, row in zip(named, stack, strict=True):
                 tensors[name].data = row
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
-            return functional_call(self._first[0], tensors, own)
+            return functional_call(self._first, tensors, own)
 
-        parts = [_by_member(x, self.count) for x in inputs]
-        output: Tensor = torch.vmap(call)(self._stacks, *parts)
+        output: Tensor = torch.vmap(call)(self._stacks, *(_by_member(x, self.count) for x in inputs))
         return output.flatten(0, 1)
 
 
 def _by_member(x: Tensor, members: int) -> Tensor:
     """(M * B, ...) -> (M, B, ...)"""
     return x.view(members, x.shape[0] // members, *x.shape[1:])
+
+
+def _images(rows: Tensor) -> Tensor:
+    """(M, B, H, W, C) -> (M * B, C, H, W), a view."""
+    return rows.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A convolution of all members, perhaps with an addition and a ReLU."""
+
+    output: fx.Node
+    layer: MemberConvolution
+    x: fx.Node
+    residual: fx.Node | None
+    relu: bool
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return [self.x] if self.residual is None else [self.x, self.residual]
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """Anything else: what the node calls, on the values of the nodes among its arguments."""
+
+    output: fx.Node
+    call: Callable[..., Any]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return list(self.output.all_input_nodes)
+
+    def run(self, values: Values) -> Any:
+        given = {node: values[node] for node in self.inputs}
+        if self._may_write:
+            given = {node: value.clone() if isinstance(value, Tensor) else value for node, value in given.items()}
+        args, kwargs = fx.node.map_arg((self.output.args, self.output.kwargs), given.__getitem__)
+        return self.call(*args, **kwargs)
+
+    @property
+    def _may_write(self) -> bool:
+        """Whether it may work in place: others need its inputs as they were."""
+        target, kwargs = self.output.target, self.output.kwargs
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        in_place = name.endswith("_") or (name.startswith("i") and hasattr(operator, name))
+        return bool(in_place or kwargs.get("inplace") or getattr(self.call, "inplace", False))
+
+
+class _Program:
+    """The steps of the network in order."""
+
+    def __init__(self, graph: fx.Graph, members: Sequence[nn.Module]) -> None:
+        self.steps, chains = _steps(graph, members)
+        self._input = next(node for node in graph.nodes if node.op == "placeholder")
+        (returned,) = next(node for node in graph.nodes if node.op == "output").args
+        assert isinstance(returned, fx.Node)
+        self._output = chains.get(returned, returned)
+        self._uses = Counter([self._output, *(node for step in self.steps for node in step.inputs)])
+
+    def run(self, x: Tensor, record: _Record | None = None) -> Tensor:
+        """The network's output; `record` keeps what its gradient needs."""
+        values: Values = {self._input: x}
+        for step in self.steps:
+            if isinstance(step, _Convolution):
+                residual = None if step.residual is None else values[step.residual]
+                values[step.output] = step.layer(values[step.x], residual, step.relu)
+            elif record is None:
+                values[step.output] = step.run(values)
+            else:
+                values[step.output] = record.run(step, values)
+        if record is not None:
+            record.values = values
+        logits: Tensor = values[self._output]
+        return logits
+
+    def input_gradient(self, grad: Tensor, record: _Record) -> Tensor:
+        """The gradient for the input, of the run that was recorded."""
+        grads = _Gradients(self._uses, record.values, {step.output: step for step in self.steps})
+        grads.add(self._output, grad)
+        for step in reversed(self.steps):
+            outer = grads.take(step.output)
+            if isinstance(step, _Convolution):
+                grads.through_convolution(step, outer)
+            else:
+                inner = record.gradients(step, outer) if outer is not None else {}
+                for node in step.inputs:
+                    grads.add(node, inner.get(node))
+        total = grads.take(self._input)
+        return torch.zeros_like(record.values[self._input]) if total is None else total
+
+
+class _Record:
+    """What a run keeps for its gradient: all values, and how autograd made those that are no convolution's."""
+
+    def __init__(self) -> None:
+        self.values: Values = {}
+        self._made: dict[fx.Node, tuple[dict[fx.Node, Tensor], Any]] = {}
+
+    def run(self, step: _Operation, values: Values) -> Any:
+        with torch.enable_grad():
+            leaves = {n: values[n].detach().requires_grad_() for n in step.inputs if _is_differentiable(values[n])}
+            output = step.run(values | leaves)
+        self._made[step.output] = leaves, output
+        return output.detach() if isinstance(output, Tensor) else output
+
+    def gradients(self, step: _Operation, outer: Tensor) -> dict[fx.Node, Tensor | None]:
+        leaves, output = self._made[step.output]
+        if not leaves or not output.requires_grad:
+            return {}
+        found = torch.autograd.grad(output, list(leaves.values()), outer, allow_unused=True)
+        return dict(zip(leaves, found, strict=True))
+
+
+class _Gradients:
+    """Sums of the gradients of all values, added up use by use."""
+
+    def __init__(self, uses: Counter[fx.Node], values: Values, makers: Mapping[fx.Node, Any]) -> None:
+        self._left, self._values, self._makers = Counter(uses), values, makers
+        self._sums: dict[fx.Node, Tensor] = {}
+        self._gated: set[fx.Node] = set()  # those to which the ReLU of their step is applied already
+
+    def add(self, node: fx.Node, grad: Tensor | None) -> None:
+        """What one use of a value gives to its gradient."""
+        self._left[node] -= 1
+        if grad is not None:
+            before = self._sums.get(node)
+            self._sums[node] = grad if before is None else before + grad
+
+    def take(self, node: fx.Node) -> Tensor | None:
+        """The gradient of a value, before the ReLU of its step if it has one."""
+        grad = self._sums.pop(node, None)
+        if grad is not None and self._has_relu(node) and node not in self._gated:
+            grad = torch.ops.aten.threshold_backward(grad, self._values[node], 0)
+        return grad
+
+    def through_convolution(self, step: _Convolution, grad: Tensor | None) -> None:
+        """The gradients of a convolution's inputs, from that of its sum."""
+        if step.residual is not None:
+            self.add(step.residual, grad)
+        if grad is None:
+            self.add(step.x, None)
+            return
+        x = self._values[step.x]
+        last = self._left[step.x] == 1 and self._has_relu(step.x)
+        before = self._sums.pop(step.x, None)
+        total = step.layer.input_gradient(grad, x, before, x if last else None)
+        if last:
+            self._gated.add(step.x)
+        self.add(step.x, total)
+
+    def _has_relu(self, node: fx.Node) -> bool:
+        maker = self._makers.get(node)
+        return isinstance(maker, _Convolution) and maker.relu
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, program: _Program) -> Tensor:
+        ctx.program, ctx.record = program, _Record() if ctx.needs_input_grad[0] else None
+        return program.run(x, ctx.record)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.program.input_gradient(grad, ctx.record), None
 
 
 class _Tracer(fx.Tracer):
@@ -152,44 +335,61 @@ class _Tracer(fx.Tracer):
         return bool(m._parameters or m._buffers) or super().is_leaf_module(m, module_qualified_name)
 
 
-@torch.no_grad()
-def _with_shapes(graph: fx.Graph, module: nn.Module, sample: Tensor) -> fx.Graph:
-    """The graph, of no module, with the shapes that the sample has on its way."""
-    ShapeProp(fx.GraphModule(module, graph)).propagate(sample)
-    free = fx.Graph()
-    free.output(free.graph_copy(graph, {}))
-    return free
-
-
-def _fuse(graph: fx.Graph, members: Sequence[nn.Module]) -> fx.GraphModule:
-    modules: dict[str, Any] = {}
-    gone: set[fx.Node] = set()
+def _steps(
+    graph: fx.Graph, members: Sequence[nn.Module]
+) -> tuple[list[_Convolution | _Operation], dict[fx.Node, fx.Node]]:
+    """The steps in an order in which they can run; for a node that is part of one, the node that names its value."""
+    steps: list[_Convolution | _Operation] = []
+    last_of: dict[fx.Node, fx.Node] = {}
     wrapped: set[str] = set()
     kinds = {node: type(members[0].get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"}
-    for node in kinds:
-        if node in gone:
+    fused: dict[fx.Node, _Convolution] = {}  # by the last node of the chain, where the step has its place
+    for node in graph.nodes:
+        if node in fused:
+            steps.append(fused[node])
+        if node.op in ("placeholder", "output") or node in last_of:
             continue
-        layers = [member.get_submodule(str(node.target)) for member in members]
-        name, chain, arguments = f"layer_{len(modules)}", [node], node.args
-        if not any(True for _ in (*layers[0].parameters(), *layers[0].buffers())):
-            modules[name] = layers[0]
-            node.target = name
+        layers = [member.get_submodule(str(node.target)) for member in members] if node in kinds else []
+        if not any(True for layer in layers[:1] for _ in (*layer.parameters(), *layer.buffers())):
+            steps.append(_Operation(node, layers[0] if layers else _function(node)))
             continue
         if str(node.target) in wrapped:
             raise NotFusableError(f"{node.target} is called twice")
-        if node.kwargs or not all(isinstance(argument, fx.Node) for argument in arguments):
+        if node.kwargs or not all(isinstance(argument, fx.Node) for argument in node.args):
             raise NotFusableError(f"{node.target} is called with more than tensors")
         wrapped.add(str(node.target))
         convolutions = [layer for layer in layers if _suits(layer)]
-        if convolutions:
-            chain, residual, relu = _with_epilogue(node, kinds)
-            modules[name] = MemberConvolution(convolutions, relu)
-            arguments = arguments if residual is None else (*arguments, residual)
-        else:
-            modules[name] = MemberModule(layers)
-        _replace(graph, chain, name, arguments)
-        gone.update(chain)
-    return fx.GraphModule(modules, graph)
+        if not convolutions:
+            steps.append(_Operation(node, MemberModule(layers)))
+            continue
+        chain, residual, relu = _with_epilogue(node, kinds, last_of)
+        step = _Convolution(chain[-1], MemberConvolution(convolutions), node.all_input_nodes[0], residual, relu)
+        last_of.update(dict.fromkeys(chain, chain[-1]))
+        fused[chain[-1]] = step
+        if chain[-1] is node:
+            steps.append(step)
+    return steps, last_of
+
+
+def _function(node: fx.Node) -> Callable[..., Any]:
+    if node.op == "call_function":
+        assert callable(node.target)
+        return node.target
+    return _Method(str(node.target))
+
+
+@dataclass(frozen=True)
+class _Method:
+    """Calls the method of that name of its first argument."""
+
+    name: str
+
+    def __call__(self, first: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(first, self.name)(*args, **kwargs)
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -207,18 +407,23 @@ def _width(channels: int) -> int:
     return next(width for width in convolution.WIDTHS if width >= channels)
 
 
-def _with_epilogue(node: fx.Node, kinds: Kinds) -> tuple[list[fx.Node], fx.Node | None, bool]:
-    """A convolution and the nodes behind it that its kernel can do; what is added; whether there is a ReLU."""
+def _with_epilogue(
+    node: fx.Node, kinds: Kinds, taken: Collection[fx.Node]
+) -> tuple[list[fx.Node], fx.Node | None, bool]:
+    """A convolution and the nodes behind it that its kernel can do; what is added; whether there is a ReLU.
+
+    An addition of two convolutions belongs to the first: it is `taken` when the second comes.
+    """
     chain, residual, relu = [node], None, False
     while (user := _only_user(chain[-1])) is not None and kinds.get(user) is nn.Identity:
         chain.append(user)
-    if user is not None and _calls(user, _ADDITIONS) and len(user.args) == 2 and not user.kwargs:
+    if user is not None and user not in taken and _calls(user, _ADDITIONS) and len(user.args) == 2 and not user.kwargs:
         other = user.args[1] if user.args[0] is chain[-1] else user.args[0]
         if isinstance(other, fx.Node) and other is not chain[-1] and _shape(other) == _shape(node):
             residual = other
             chain.append(user)
             user = _only_user(user)
-    if user is not None and (kinds.get(user) is nn.ReLU or _calls(user, _RELUS)):
+    if user is not None and user not in taken and (kinds.get(user) is nn.ReLU or _calls(user, _RELUS)):
         relu = True
         chain.append(user)
     return chain, residual, relu
@@ -235,14 +440,3 @@ def _calls(node: fx.Node, targets: Mapping[str, tuple[Any, ...]]) -> bool:
 def _shape(node: fx.Node) -> Any:
     meta = node.meta.get("tensor_meta")
     return None if meta is None else meta.shape
-
-
-def _replace(graph: fx.Graph, chain: Sequence[fx.Node], name: str, arguments: tuple[Any, ...]) -> None:
-    """A call of the module of that name in place of the nodes, each the only user of the one before."""
-    last = chain[-1]
-    with graph.inserting_after(last):
-        call = graph.call_module(name, arguments)
-    call.meta = dict(last.meta)
-    last.replace_all_uses_with(call)
-    for node in reversed(chain):
-        graph.erase_node(node)

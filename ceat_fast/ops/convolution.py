@@ -1,8 +1,8 @@
-"""3x3 convolutions of all members in one launch, with bias, residual and ReLU in their epilogue, for attacked members.
+"""3x3 convolutions of all members in one launch, with what follows them, for attacks on frozen members.
 
-cuDNN's grouped convolution falls back to slow direct kernels at the widths of CIFAR networks, and a loop over the
-members launches M times as many kernels. No execution uses this yet: it is to be measured first
-(`pytest bench/suites -k member_convolution`).
+cuDNN takes 86 us for the three convolutions of 16 channels that a batch of 128 CIFAR images needs on an H100, one after
+the other, and its grouped convolution falls back to direct kernels. Two kernels stand in for it: a CUDA one in bf16 for
+up to 64 channels (csrc/cuda/convolution.cu), and a Triton one for every other type and width.
 """
 
 from __future__ import annotations
@@ -12,137 +12,177 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ceat_fast.ops import native, triton_backend
 
 WIDTHS = (16, 32, 64, 128)  # channels and filters: sides of the tiles that matrix units multiply
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_WIDTHS = (16, 32, 64)
 _TAPS = 9
-_BLOCK = 64  # output pixels of one program
+_MIDDLE = 4
+_BLOCK = {16: 128}  # output pixels of one Triton program, by channels
+_STRIDE_1, _STRIDE_2, _TRANSPOSED_2 = range(3)  # how the CUDA kernel finds the taps of a pixel
+
+SIGNATURE = (
+    "(Tensor x, Tensor weights, Tensor? bias, Tensor? residual, Tensor? gate, int filters, int out_height, "
+    "int out_width, int direction, bool point, bool flipped, bool relu) -> Tensor"
+)
 
 
-def pack_weights(weight: Tensor) -> Tensor:
-    """Weights of M convolutions (M, F, C, 3, 3) -> (M, 9, C, F), contiguous: one matrix per tap."""
-    return weight.permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
+def _fake(x: Tensor, weights: Tensor, bias: Any, residual: Any, gate: Any, *numbers: int) -> Tensor:
+    filters, height, width = numbers[:3]
+    return x.new_empty(*x.shape[:2], height, width, filters)
 
 
-def member_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, stride: int = 1, relu: bool = True
-) -> Tensor:
-    """relu(conv(x) + bias + residual) of every member; differentiable once in x and residual, not in the weights.
+torch.library.define("ceat_fast::member_convolution_native", SIGNATURE)
+torch.library.register_fake("ceat_fast::member_convolution_native", _fake)
+_convolve = torch.ops.ceat_fast.member_convolution_native.default
+
+
+def missing(device_type: str) -> str | None:
+    """None where one of the kernels runs for every type, else the reason in one line."""
+    return triton_backend.missing(device_type)
+
+
+class MemberWeights:
+    """Weights and biases of one convolution of M members, as the kernels read them.
 
     Args:
-        x: (M, B, H, W, C), channels last, contiguous.
-        weight: (M, 9, C, F) from `pack_weights`, of the type of x.
+        weights: (M, F, 3, 3, C), contiguous; F and C are of `WIDTHS`.
         bias: (M, F).
-        residual: added before the ReLU, of the shape of the result, or None.
         stride: 1 or 2; the padding is 1.
-        relu: whether to clip at 0.
+        point: only the middle tap is not 0.
 
-    Returns:
-        (M, B, ceil(H / stride), ceil(W / stride), F), of the type of x; sums are in fp32 and rounded once.
+    Who changes them in place calls `refresh` before the next convolution.
 
     Raises:
-        ValueError: shapes, types, widths or strides that it cannot take, or a weight that requires a gradient.
+        ValueError: shapes, widths or strides that the kernels cannot take.
     """
-    _check(x, weight, bias, residual, stride)
-    output: Tensor = _MemberConvolution.apply(x, weight, bias, residual, stride, relu)
-    return output
 
+    def __init__(self, weights: Tensor, bias: Tensor, stride: int, point: bool = False) -> None:
+        if weights.dim() != 5 or weights.shape[2:4] != (3, 3) or not weights.is_contiguous():
+            raise ValueError(f"weights must be (M, F, 3, 3, C), contiguous, got {tuple(weights.shape)}")
+        self.members, self.filters, _, _, self.channels = weights.shape
+        if self.channels not in WIDTHS or self.filters not in WIDTHS:
+            raise ValueError(f"channels and filters must be of {WIDTHS}, got {self.channels} and {self.filters}")
+        if bias.shape != weights.shape[:2] or not bias.is_contiguous():
+            raise ValueError(f"bias must be {tuple(weights.shape[:2])}, contiguous, got {tuple(bias.shape)}")
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride}")
+        self.bias, self.stride, self.point = bias, stride, point
+        self.taps = weights.flatten(2, 3).permute(0, 2, 3, 1)  # (M, 9, C, F), a view
+        narrow = self.channels in _NATIVE_WIDTHS and self.filters in _NATIVE_WIDTHS
+        self._is_native = narrow and weights.dtype == torch.bfloat16 and native.missing(weights.device.type) is None
+        self._is_native = self._is_native and weights.is_cuda
+        self.refresh()
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int) -> None:
-    if x.dim() != 5 or x.dtype not in _DTYPES or not x.is_contiguous():
-        raise ValueError(
-            f"x must be (M, B, H, W, C), contiguous, float32, bfloat16 or float16, got {tuple(x.shape)} {x.dtype}"
-        )
-    members, _, _, _, channels = x.shape
-    filters = weight.shape[-1]
-    if channels not in WIDTHS or filters not in WIDTHS:
-        raise ValueError(f"channels and filters must be of {WIDTHS}, got {channels} and {filters}")
-    if weight.shape != (members, _TAPS, channels, filters) or weight.dtype != x.dtype:
-        expected = (members, _TAPS, channels, filters)
-        raise ValueError(f"weight must be {expected} {x.dtype}, got {tuple(weight.shape)} {weight.dtype}")
-    if bias.shape != (members, filters):
-        raise ValueError(f"bias must be {(members, filters)}, got {tuple(bias.shape)}")
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride}")
-    shape = _output_shape(x, filters, stride)
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual must be {shape} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}")
-    if weight.requires_grad or bias.requires_grad:
-        raise ValueError("weight and bias must not require a gradient: this is for attacks on frozen members")
+    def refresh(self) -> None:
+        """Take over weights that were changed in place."""
+        if self._is_native:
+            taps = self.taps[:, _MIDDLE : _MIDDLE + 1] if self.point else self.taps
+            self._forward, self._backward = pack(taps), pack(taps.transpose(2, 3))
 
+    def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool) -> Tensor:
+        """conv(x) + bias + residual, then perhaps ReLU: (M, B, H, W, C) -> (M, B, ceil(H / s), ceil(W / s), F).
 
-def _output_shape(x: Tensor, filters: int, stride: int) -> tuple[int, ...]:
-    members, samples, height, width, _ = x.shape
-    return members, samples, -(-height // stride), -(-width // stride), filters
+        Inputs are contiguous and of the weights' type; sums are in fp32 and rounded once.
+        """
+        height, width = (-(-side // self.stride) for side in x.shape[2:4])
+        _check(x, residual, (self.members, x.shape[1], height, width, self.filters), self.channels, self.bias.dtype)
+        if self._is_native:
+            direction = _STRIDE_1 if self.stride == 1 else _STRIDE_2
+            sizes = self.filters, height, width, direction
+            out: Tensor = _convolve(x, self._forward, self.bias, residual, None, *sizes, self.point, False, relu)
+            return out
+        out = x.new_empty(*x.shape[:2], height, width, self.filters)
+        return _launch(x, self.taps, out, self.stride, bias=self.bias, residual=residual, relu=relu)
 
-
-class _MemberConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool
+    def input_gradient(
+        self, grad: Tensor, height: int, width: int, residual: Tensor | None = None, gate: Tensor | None = None
     ) -> Tensor:
-        out = x.new_empty(_output_shape(x, weight.shape[-1], stride))
-        residual = residual if residual is None else residual.contiguous()
-        _launch(x, weight, out, stride, bias=bias.contiguous(), residual=residual, relu=relu)
-        ctx.save_for_backward(weight, out if relu else None)
-        ctx.stride, ctx.shape = stride, x.shape
-        return out
+        """The gradient for an input of that size, plus `residual`, where `gate` is positive: -> (M, B, H, W, C).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, out = ctx.saved_tensors
-        grad = grad.contiguous()
-        x_grad = residual_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = grad.new_empty(ctx.shape)
-            _launch(grad, weight.transpose(2, 3), x_grad, ctx.stride, transposed=True, gate=out)
-        if ctx.needs_input_grad[3]:
-            residual_grad = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
-        return x_grad, None, None, residual_grad, None, None
+        Args:
+            grad: of the output before ReLU, (M, B, ., ., F), contiguous.
+            height, width: H and W of the input.
+            residual: gradients that the input has from elsewhere.
+            gate: the input itself where it came out of a ReLU: the result is then the gradient before that ReLU.
+        """
+        shape = self.members, grad.shape[1], height, width, self.channels
+        _check(grad, residual, shape, self.filters, self.bias.dtype)
+        if self._is_native:
+            direction = _STRIDE_1 if self.stride == 1 else _TRANSPOSED_2
+            sizes = self.channels, height, width, direction
+            flipped = self.stride == 1
+            out: Tensor = _convolve(grad, self._backward, None, residual, gate, *sizes, self.point, flipped, False)
+            return out
+        out = grad.new_empty(shape)
+        taps = self.taps.transpose(2, 3)
+        return _launch(grad, taps, out, self.stride, transposed=True, residual=residual, gate=gate)
+
+
+def pack(taps: Tensor) -> Tensor:
+    """Matrices (M, T, C, F) in the order in which the CUDA kernel's lanes hold them; see csrc/cuda/convolution.cu."""
+    members, count, channels, filters = taps.shape
+    # c = 32 group + 8 t + 4 step + place, without groups and steps where there are 16; f likewise.
+    steps, tiles = min(channels // 16, 2), min(filters // 8, 4)
+    digits = channels // (16 * steps), 4, steps, 4, filters // (8 * tiles), 4, tiles, 2
+    split = taps.reshape(members, count, *digits)
+    # (M, T, group, t, step, place, group', quad, tile, parity): the last four digits of a filter name a column.
+    order = (0, 1, 2, 4, 6, 8, 7, 9, 3, 5)
+    return split.permute(order).reshape(members, count, channels // 16, filters // 8, 32, 4).contiguous()
+
+
+def _check(x: Tensor, residual: Tensor | None, shape: tuple[int, ...], channels: int, dtype: torch.dtype) -> None:
+    if x.dim() != 5 or x.shape[0] != shape[0] or x.shape[4] != channels or not x.is_contiguous() or x.dtype != dtype:
+        raise ValueError(
+            f"x must be ({shape[0]}, B, H, W, {channels}), contiguous, {dtype}, got {tuple(x.shape)} {x.dtype}"
+        )
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype or not residual.is_contiguous()):
+        raise ValueError(f"residual must be {shape}, contiguous, {dtype}, got {tuple(residual.shape)} {residual.dtype}")
 
 
 def _launch(
     x: Tensor,
-    weight: Tensor,
+    taps: Tensor,
     out: Tensor,
     stride: int,
     *,
     transposed: bool = False,
-    gate: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
     relu: bool = False,
-) -> None:
+) -> Tensor:
     members, samples, height, width, channels = x.shape
     pixels = samples * out.shape[2] * out.shape[3]
     if not pixels:
-        return
-    _kernel()[-(-pixels // _BLOCK), members](
+        return out
+    block = _BLOCK.get(channels, 64)
+    _kernel()[-(-pixels // block), members](
         x,
-        x if gate is None else gate,
-        weight,
+        taps,
         x if bias is None else bias,
         x if residual is None else residual,
+        x if gate is None else gate,
         out,
         samples,
         height,
         width,
         out.shape[2],
         out.shape[3],
-        *weight.stride(),
+        *taps.stride(),
         CHANNELS=channels,
         FILTERS=out.shape[4],
         STRIDE=stride,
         TRANSPOSED=transposed,
-        GATED=gate is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_GATE=gate is not None,
         RELU=relu,
-        BLOCK=_BLOCK,
+        BLOCK=block,
         num_warps=4,
     )
+    return out
 
 
 def _kernel() -> Any:

@@ -19,10 +19,10 @@ import triton.language as tl
 @triton.jit
 def member_convolution_kernel(
     x,  # (M, B, height, width, CHANNELS), contiguous
-    gate,  # like x: where it is not positive, x counts as 0
     weight,
     bias,  # (M, FILTERS)
     residual,  # like out
+    gate,  # like out: where it is not positive, out is 0
     out,  # (M, B, out_height, out_width, FILTERS), contiguous
     samples,
     height,
@@ -37,9 +37,9 @@ def member_convolution_kernel(
     FILTERS: tl.constexpr,
     STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -65,8 +65,6 @@ def member_convolution_kernel(
         place = ((member * samples + sample) * height + r) * width + q
         offsets = place[:, None] * CHANNELS + channel[None, :]
         values = tl.load(x + offsets, mask=inside[:, None], other=0.0)
-        if GATED:
-            values = tl.where(tl.load(gate + offsets, mask=inside[:, None], other=0.0) > 0.0, values, 0.0)
         taps = weight + member * weight_member + tap * weight_tap
         tile = tl.load(taps + channel[:, None] * weight_channel + filter[None, :] * weight_filter)
         sums = tl.dot(values.to(tile.dtype), tile, sums, input_precision="ieee")
@@ -77,4 +75,6 @@ def member_convolution_kernel(
         sums += tl.load(residual + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
     if RELU:
         sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_GATE:
+        sums = tl.where(tl.load(gate + offsets, mask=valid[:, None], other=0.0) <= 0.0, 0.0, sums)
     tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=valid[:, None])

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <limits>
+#include <optional>
 #include <tuple>
 
 #include "../tensor.h"
@@ -199,9 +200,58 @@ std::tuple<Tensor, Tensor> scale_gradients(const Tensor& adv_grad_in, const Tens
   return {adv_out, nat_out};
 }
 
+const void* aligned_bf16(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.is_contiguous(), name, " must be contiguous bfloat16");
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be aligned to 16 bytes");
+  return data;
+}
+
+const void* optional_bf16(const std::optional<Tensor>& t, int64_t count, const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->numel() == count, name, " has ", t->numel(), " elements instead of ", count);
+  return aligned_bf16(*t, name);
+}
+
+Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t filters,
+                          int64_t out_height, int64_t out_width, int64_t direction, bool point, bool flipped,
+                          bool relu) {
+  STD_TORCH_CHECK(x.dim() == 5, "x must be (M, B, H, W, C), got ", x.dim(), " dimensions");
+  const int64_t members = x.size(0), samples = x.size(1), channels = x.size(4);
+  STD_TORCH_CHECK(weights.numel() == members * (point ? 1 : 9) * channels * filters, "weights have a wrong size");
+  STD_TORCH_CHECK(direction >= 0 && direction <= 2, "direction must be 0, 1 or 2, got ", direction);
+  STD_TORCH_CHECK(members <= 65535, "at most 65,535 members, got ", members);
+  check_device(weights, x, "weights");
+  const DeviceGuard guard(x.get_device_index());
+  Tensor out = empty(x, x.scalar_type(), {members, samples, out_height, out_width, filters});
+  if (out.numel() == 0) return out;
+  const ConvolutionArgs args{aligned_bf16(x, "x"),
+                             aligned_bf16(weights, "weights"),
+                             optional_bf16(bias, members * filters, "bias"),
+                             optional_bf16(residual, out.numel(), "residual"),
+                             optional_bf16(gate, out.numel(), "gate"),
+                             out.mutable_data_ptr(),
+                             int(members),
+                             int(channels),
+                             int(filters),
+                             samples,
+                             int(x.size(2)),
+                             int(x.size(3)),
+                             int(out_height),
+                             int(out_width),
+                             Direction(direction),
+                             point,
+                             flipped,
+                             relu};
+  check_launch(launch_convolution(args, current_stream(x)), "member_convolution");
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CUDA, m) {
+  m.impl("member_convolution_native", TORCH_BOX(&member_convolution));
   m.impl("ceat_loss_native", TORCH_BOX(&ceat_loss));
   m.impl("ensemble_cross_entropy_native", TORCH_BOX(&ensemble_cross_entropy));
   m.impl("pgd_step_native", TORCH_BOX(&pgd_step));

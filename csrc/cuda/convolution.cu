@@ -1,0 +1,314 @@
+// 3x3 convolutions of all members in one launch, in bf16 on the matrix units (mma.sync), with what follows them.
+//
+// An implicit matrix product: rows are output pixels of one member, columns its filters, and the taps and channels are
+// summed over. A warp holds kPixelTiles tiles of 16 pixels and all filters. It reads the pixels' channels straight from
+// memory into the operands' registers, nine times from neighbouring places, of which eight hit the L1 cache; the
+// weights lie in shared memory in the order of the operands' registers.
+//
+// Which channel stands in which place of an operand is free as long as both operands agree, and which filter in which
+// column likewise. Here lane t of a quad has neighbouring channels and filters, so that it moves 8 or 16 bytes at once:
+//
+//   channel of k-step s, quad lane t, place j      C = 16: 4t + j       else: 32 (s / 2) + 8t + 4 (s % 2) + j
+//   filter of column tile n, column c              F = 16: 4 (c / 2) + 2n + c % 2
+//                                                  else: 32 (n / 4) + 8 (c / 2) + 2 (n % 4) + c % 2
+#include "elements.cuh"
+
+namespace ceat::cuda {
+
+namespace {
+
+using Half = __nv_bfloat16;
+
+constexpr int kWarps = 4;
+constexpr int kConvolutionThreads = kWarps * kWarpSize;
+constexpr int kTaps = 9;
+
+template <int kFilters>
+constexpr int kPixelTilesOf = kFilters == 64 ? 2 : 4;
+
+// Words of two bf16 that one lane has of a pixel: 2 for 16 channels, else 4 for each 32 of them.
+template <int kChannels>
+constexpr int kWordsOf = kChannels / 8;
+
+template <int kWords>
+__device__ inline void load_words(uint32_t (&to)[kWords], const Half* from) {
+  if constexpr (kWords == 2) {
+    const uint2 pair = __ldg(reinterpret_cast<const uint2*>(from));
+    to[0] = pair.x;
+    to[1] = pair.y;
+  } else {
+#pragma unroll
+    for (int group = 0; group < kWords / 4; ++group) {
+      const uint4 quad = __ldg(reinterpret_cast<const uint4*>(from + 32 * group));
+      to[4 * group] = quad.x;
+      to[4 * group + 1] = quad.y;
+      to[4 * group + 2] = quad.z;
+      to[4 * group + 3] = quad.w;
+    }
+  }
+}
+
+template <int kWords>
+__device__ inline void store_words(Half* to, const uint32_t (&from)[kWords]) {
+  if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+  } else {
+#pragma unroll
+    for (int group = 0; group < kWords / 4; ++group) {
+      *reinterpret_cast<uint4*>(to + 32 * group) =
+          make_uint4(from[4 * group], from[4 * group + 1], from[4 * group + 2], from[4 * group + 3]);
+    }
+  }
+}
+
+__device__ inline float2 unpack(uint32_t word) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+}
+
+__device__ inline uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ inline void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+
+// Starts to copy `count` 16-byte pieces to shared memory.
+__device__ inline void start_copy(uint4* shared, const uint4* from, int count) {
+  for (int i = int(threadIdx.x); i < count; i += kConvolutionThreads) {
+    const uint32_t place = uint32_t(__cvta_generic_to_shared(shared + i));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from + i));
+  }
+}
+
+__device__ inline void finish_copy() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+}
+
+// Where the taps of an output pixel lie in the input. Tap (u, v) of the pixel is `steps(u)` rows and `steps(v)` columns
+// away from the base; bit 3 u + v of `inside` says whether it is part of the image.
+struct Source {
+  const Half* base;
+  uint32_t inside;
+};
+
+template <Direction kDirection>
+__device__ inline int steps(int tap) {
+  return kDirection == Direction::kTransposed2 ? int(tap == 0) : tap - 1;
+}
+
+// The taps of one coordinate that lie in [0, size), as bits, for the base that `at` gives.
+template <Direction kDirection>
+__device__ inline uint32_t taps_inside(int coordinate, int size, int* at) {
+  uint32_t inside = 0;
+  *at = kDirection == Direction::kStride2       ? 2 * coordinate
+        : kDirection == Direction::kTransposed2 ? coordinate / 2
+                                                : coordinate;
+#pragma unroll
+  for (int tap = 0; tap < 3; ++tap) {
+    const int place = *at + steps<kDirection>(tap);
+    const bool met = kDirection != Direction::kTransposed2 || (coordinate + 1 - tap) % 2 == 0;
+    inside |= uint32_t(met && place >= 0 && place < size) << tap;
+  }
+  return inside;
+}
+
+template <int kChannels, Direction kDirection>
+__device__ inline Source source_of(const ConvolutionArgs& args, const Half* member, int64_t pixel, int64_t pixels) {
+  if (pixel >= pixels) return {member, 0};
+  const int column = int(pixel % args.out_width), row = int(pixel / args.out_width % args.out_height);
+  const int64_t sample = pixel / args.out_width / args.out_height;
+  int r, q;
+  const uint32_t rows = taps_inside<kDirection>(row, args.height, &r);
+  const uint32_t columns = taps_inside<kDirection>(column, args.width, &q);
+  uint32_t inside = 0;
+#pragma unroll
+  for (int u = 0; u < 3; ++u) inside |= (rows >> u & 1) * columns << 3 * u;
+  return {member + ((sample * args.height + r) * args.width + q) * kChannels, inside};
+}
+
+// The sums of one pixel and what follows them; the lane has kWords words of filters, two of each column tile.
+template <int kFilters>
+__device__ inline void finish(const ConvolutionArgs& args, int64_t offset, const float (&bias)[kWordsOf<kFilters>][2],
+                              float (&sums)[kWordsOf<kFilters>][2]) {
+  constexpr int kWords = kWordsOf<kFilters>;
+  uint32_t other[kWords], out[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    sums[w][0] += bias[w][0];
+    sums[w][1] += bias[w][1];
+  }
+  if (args.residual != nullptr) {
+    load_words(other, static_cast<const Half*>(args.residual) + offset);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const float2 values = unpack(other[w]);
+      sums[w][0] += values.x;
+      sums[w][1] += values.y;
+    }
+  }
+  if (args.relu) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {  // so that NaN stays NaN
+      sums[w][0] = sums[w][0] < 0 ? 0 : sums[w][0];
+      sums[w][1] = sums[w][1] < 0 ? 0 : sums[w][1];
+    }
+  }
+  if (args.gate != nullptr) {
+    load_words(other, static_cast<const Half*>(args.gate) + offset);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const float2 values = unpack(other[w]);
+      sums[w][0] = values.x <= 0 ? 0 : sums[w][0];
+      sums[w][1] = values.y <= 0 ? 0 : sums[w][1];
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) out[w] = pack(sums[w][0], sums[w][1]);
+  store_words(static_cast<Half*>(args.out) + offset, out);
+}
+
+template <int kChannels, int kFilters, Direction kDirection>
+__global__ void __launch_bounds__(kConvolutionThreads) convolution_kernel(const ConvolutionArgs args) {
+  constexpr int kTiles = kFilters / 8, kPixelTiles = kPixelTilesOf<kFilters>, kWords = kWordsOf<kChannels>;
+  constexpr int kSteps = kChannels / 16;
+  extern __shared__ uint4 shared[];
+  const int taps = args.point ? 1 : kTaps;
+  const int fragments = taps * kSteps * kTiles * kWarpSize;  // of 8 bytes
+  const int64_t member = blockIdx.y;
+  start_copy(shared, static_cast<const uint4*>(args.weights) + member * (fragments / 2), fragments / 2);
+
+  const int lane = int(threadIdx.x) % kWarpSize, quad = lane / 4, t = lane % 4;
+  const int64_t pixels = args.samples * args.out_height * args.out_width;
+  const int64_t first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarpSize) * (16 * kPixelTiles);
+  const Half* input = static_cast<const Half*>(args.x) + member * args.samples * args.height * args.width * kChannels +
+                      t * (kChannels == 16 ? 4 : 8);
+  Source sources[kPixelTiles][2];
+#pragma unroll
+  for (int tile = 0; tile < kPixelTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sources[tile][half] = source_of<kChannels, kDirection>(args, input, first + 16 * tile + 8 * half + quad, pixels);
+    }
+  }
+  float sums[kPixelTiles][kTiles][4] = {};
+  finish_copy();
+
+  const uint2* weights = reinterpret_cast<const uint2*>(shared) + lane;
+  for (int u = args.point ? 1 : 0; u < (args.point ? 2 : 3); ++u) {
+#pragma unroll
+    for (int v = 0; v < 3; ++v) {
+      if (args.point && v != 1) continue;
+      const int offset = (steps<kDirection>(u) * args.width + steps<kDirection>(v)) * kChannels;
+      uint32_t words[kPixelTiles][2][kWords];
+#pragma unroll
+      for (int tile = 0; tile < kPixelTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Source& source = sources[tile][half];
+          if (source.inside >> (3 * u + v) & 1) {
+            load_words(words[tile][half], source.base + offset);
+          } else {
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) words[tile][half][w] = 0;
+          }
+        }
+      }
+      const int tap = args.point ? 0 : args.flipped ? kTaps - 1 - (3 * u + v) : 3 * u + v;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const uint2 b = weights[((tap * kSteps + step) * kTiles + n) * kWarpSize];
+#pragma unroll
+          for (int tile = 0; tile < kPixelTiles; ++tile) {
+            const auto& a = words[tile];
+            multiply_add(sums[tile][n], a[0][2 * step], a[1][2 * step], a[0][2 * step + 1], a[1][2 * step + 1], b);
+          }
+        }
+      }
+    }
+  }
+
+  // Column tile n of the sums is word n of the lane's filters.
+  const int place = t * (kFilters == 16 ? 4 : 8);
+  float bias[kWordsOf<kFilters>][2] = {};
+  if (args.bias != nullptr) {
+    uint32_t packed[kWordsOf<kFilters>];
+    load_words(packed, static_cast<const Half*>(args.bias) + member * kFilters + place);
+#pragma unroll
+    for (int w = 0; w < kWordsOf<kFilters>; ++w) {
+      const float2 values = unpack(packed[w]);
+      bias[w][0] = values.x;
+      bias[w][1] = values.y;
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < kPixelTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t pixel = first + 16 * tile + 8 * half + quad;
+      if (pixel >= pixels) continue;
+      float own[kTiles][2];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        own[n][0] = sums[tile][n][2 * half];
+        own[n][1] = sums[tile][n][2 * half + 1];
+      }
+      finish<kFilters>(args, (member * pixels + pixel) * kFilters + place, bias, own);
+    }
+  }
+}
+
+template <int kChannels, int kFilters, Direction kDirection>
+const char* launch_directed(const ConvolutionArgs& args, void* stream) {
+  constexpr int kPixels = kWarps * 16 * kPixelTilesOf<kFilters>;
+  const auto kernel = convolution_kernel<kChannels, kFilters, kDirection>;
+  const size_t bytes = size_t(args.point ? 1 : kTaps) * kChannels * kFilters * sizeof(Half);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t pixels = args.samples * args.out_height * args.out_width;
+  const dim3 blocks(unsigned((pixels + kPixels - 1) / kPixels), unsigned(args.members));
+  kernel<<<blocks, kConvolutionThreads, bytes, static_cast<cudaStream_t>(stream)>>>(args);
+  const cudaError_t launched = cudaGetLastError();
+  return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);
+}
+
+template <int kChannels, int kFilters>
+const char* launch_sized(const ConvolutionArgs& args, void* stream) {
+  switch (args.direction) {
+    case Direction::kStride1: return launch_directed<kChannels, kFilters, Direction::kStride1>(args, stream);
+    case Direction::kStride2: return launch_directed<kChannels, kFilters, Direction::kStride2>(args, stream);
+    case Direction::kTransposed2: return launch_directed<kChannels, kFilters, Direction::kTransposed2>(args, stream);
+  }
+  return "unknown direction";
+}
+
+template <int kChannels>
+const char* launch_filters(const ConvolutionArgs& args, void* stream) {
+  switch (args.filters) {
+    case 16: return launch_sized<kChannels, 16>(args, stream);
+    case 32: return launch_sized<kChannels, 32>(args, stream);
+    case 64: return launch_sized<kChannels, 64>(args, stream);
+  }
+  return "filters must be 16, 32 or 64";
+}
+
+}  // namespace
+
+const char* launch_convolution(const ConvolutionArgs& args, void* stream) {
+  switch (args.channels) {
+    case 16: return launch_filters<16>(args, stream);
+    case 32: return launch_filters<32>(args, stream);
+    case 64: return launch_filters<64>(args, stream);
+  }
+  return "channels must be 16, 32 or 64";
+}
+
+}  // namespace ceat::cuda
