@@ -79,7 +79,7 @@ def peer_calls(members: list[nn.Module], setting: Setting, compiled: bool) -> li
 def our_ensemble(setting: Setting, compiled: bool, captured: bool = False) -> Ensemble:
     """Our ensemble; with `compiled`, in the executions that are the fastest here for a long job."""
     ensemble = Ensemble(setting.build())
-    if compiled or captured:
+    if compiled or setting.device.startswith("cuda"):
         tune(
             ensemble,
             setting.data()[0],

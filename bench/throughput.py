@@ -203,6 +203,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    torch.backends.cudnn.benchmark = True  # for all candidates: every shape comes many times
     console = Console(width=max(110, Console().width))
     start = time.perf_counter()
     for report in run(arguments, console):

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: what is captured, and that replays train like plain steps."""
+"""Training steps and whole searches as CUDA graphs: what is captured, and that replays do what plain calls do."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_training import At, everything_config, tiny_config, train, without_time
 
-from ceat_fast.attacks import PGD
+from ceat_fast import Ensemble
+from ceat_fast.attacks import MIM, PGD, captured, fixed_step
 from ceat_fast.methods import ADP, AT, CEAT, EAT, CalibratedDistance, Standard
 from ceat_fast.methods.base import Batch
+from ceat_fast.models import digits_resnet
 from ceat_fast.training import SGD, Adam, AdamW, AttackConfig, Cosine, TrainingInterrupted, capture, step
 from ceat_fast.training.capture import CapturedStep, obstacle
 
@@ -133,18 +135,18 @@ def test_a_step_that_waits_for_the_device(monkeypatch):
     def make(attack, batch):
         seeds.append(attack.seed)
 
-    captured = CapturedStep(make, required=False)
+    steps = CapturedStep(make, required=False)
     for seed in range(3):
-        captured(PGD(seed=seed), batch)
+        steps(PGD(seed=seed), batch)
     with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph .operation not permitted when stream is"):
-        captured(PGD(seed=3), batch)
-    captured(PGD(seed=4), batch)
+        steps(PGD(seed=3), batch)
+    steps(PGD(seed=4), batch)
     assert seeds == [0, 1, 2, 3, 4]
-    captured = CapturedStep(make, required=True)
+    steps = CapturedStep(make, required=True)
     for seed in range(3):
-        captured(PGD(seed=seed), batch)
+        steps(PGD(seed=seed), batch)
     with pytest.raises(RuntimeError, match="cuda_graph='on': the training step cannot be captured"):
-        captured(PGD(seed=3), batch)
+        steps(PGD(seed=3), batch)
 
 
 @on_gpu
@@ -166,3 +168,56 @@ def test_a_whole_run_on_cuda(tmp_path):
     plain = train(everything_config(tmp_path / "plain", cuda_graph="off", **config))
     graphed = train(everything_config(tmp_path / "graphed", cuda_graph="on", **config))
     torch.testing.assert_close(weights(graphed), weights(plain), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Captures of whole searches without a GPU, as `recorded` has them of steps."""
+    made = []
+
+    def record(call):
+        made.append(0)
+
+        def replay():
+            made[-1] += 1
+            return call()
+
+        return replay
+
+    monkeypatch.setattr(captured, "capture", record)
+    monkeypatch.setattr(fixed_step, "can_capture", lambda view, x: True)
+    return made
+
+
+@pytest.mark.parametrize("goal", ["ensemble", "members"])
+@pytest.mark.parametrize("attack", [PGD, MIM])
+def test_replayed_searches_find_what_plain_ones_find(searches, monkeypatch, goal, attack):
+    torch.manual_seed(0)
+    ensemble = Ensemble([digits_resnet() for _ in range(2)], "loop")
+    batches = [(torch.rand(6, 1, 8, 8), torch.randint(10, (6,)), torch.arange(6) + 10 * k) for k in range(5)]
+    found = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(fixed_step, "can_capture", lambda view, x: False)
+        for seed, (x, y, index) in enumerate(batches):
+            found.append(attack(0.1, 0.03, 3, goal=goal, seed=seed).perturb(ensemble, x, y, index))
+            with torch.no_grad():
+                ensemble.members[0].fc.weight.mul_(1.1)
+        with torch.no_grad():
+            ensemble.members[0].fc.weight.div_(1.1 ** len(batches))
+    # Two to warm up, three replays, of one search for all seeds and weights.
+    assert searches == [3]
+    for replayed, right in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(replayed, right, rtol=0, atol=1e-6)
+
+
+def test_restarts_own_radii_and_targets_are_searched_without_a_graph(searches):
+    ensemble = Ensemble([digits_resnet() for _ in range(2)], "loop").eval()
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    for _ in range(4):
+        PGD(0.1, 0.03, 2, seed=0, restarts=2).perturb(ensemble, x, y)
+        PGD(0.1, 0.03, 2, seed=0).perturb(ensemble, x, y, target=y + 1)
+        PGD(0.1, 0.03, 2, seed=0).perturb(ensemble, x, y, eps=torch.full((4,), 0.1))
+        PGD(0.1, 0.03, 2).perturb(ensemble, x, y)
+        PGD(0.1, 0.03, 2, seed=0)(ensemble, x, y)
+    assert searches == []

@@ -188,6 +188,21 @@ def test_attacks_as_on_the_cpu(backend, goal):
         torch.testing.assert_close(found.cpu(), right, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["loop+graph", "vmap+graph", "streams+graph"])
+@pytest.mark.parametrize("goal", ["ensemble", "members"])
+def test_whole_searches_in_a_graph_as_on_the_cpu(backend, goal):
+    plain, graphed = Ensemble(models(), "loop"), Ensemble(models(), backend).cuda()
+    for turn in range(5):  # two to warm up, then replays on other inputs, seeds and weights
+        x, y = images()
+        x = x.roll(turn, 0)
+        attack = PGD(0.1, 0.02, 5, seed=turn, goal=goal)
+        right, found = attack.perturb(plain, x, y), attack.perturb(graphed, x.cuda(), y.cuda())
+        torch.testing.assert_close(found.cpu(), right, rtol=0, atol=1e-9)
+        with torch.no_grad():
+            for ensemble in (plain, graphed):
+                ensemble.members[1].fc.weight.mul_(0.9)
+
+
 def test_autoattack_flags_as_on_the_cpu():
     x, y = images(24)
     attacks = ("apgd-ce", "apgd-t", "fab-t", "square")

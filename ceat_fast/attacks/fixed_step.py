@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ceat_fast.attacks.ball import NORMS, Ball, ball, per_sample
 from ceat_fast.attacks.budget import Budget, parse_budget
+from ceat_fast.attacks.captured import CapturedSearch, can_capture
 from ceat_fast.attacks.cycles import MIN_STEPS, walk_to_cycles
 from ceat_fast.attacks.inputs import require_eval_mode, require_inputs
 from ceat_fast.attacks.noise import Noise
@@ -185,26 +186,53 @@ class FixedStepAttack(ABC):
         if self.goal == "members" and not isinstance(model, Ensemble):
             raise TypeError(f"goal='members' needs an Ensemble, got {type(model).__name__}")
         with torch.inference_mode(False), torch.enable_grad():
-            x = _ordinary(x)
-            labels = _ordinary(y).repeat(self.restarts)
+            x, y = _ordinary(x), _ordinary(y)
+            plain = self.restarts == 1 and target is None and eps is None and not checked
+            labels = y.repeat(self.restarts)
             targets = None if target is None else _ordinary(target).repeat(self.restarts)
             radius = self.radius if eps is None else _ordinary(eps).to(x).repeat(self.restarts)
-            around = ball(self.norm, x.repeat(self.restarts, *[1] * (x.dim() - 1)), radius, x.dim() - 1)
-            noise = Noise(self.seed, self.name, index, self.restarts, x)
-            x_adv = around.random_point(noise.uniform) if self.random_start else around.center
             with frozen(model, self.precision) as view:
-                objective = self._objective(view, labels, targets, checked)
-                if self.goal == "members":
-                    around, x_adv = around.repeat(objective.searches), x_adv.repeat(objective.searches, *[1] * x.dim())
-                x_adv, losses = self._run(objective, around, x_adv, noise, checked)
+                if plain and isinstance(self.seed, int) and isinstance(view, Ensemble) and can_capture(view, x):
+                    return self._captured(view, x, y, index, self.seed), None
+                x_adv, losses = self._walk(view, x, labels, targets, radius, index, checked)
             if self.restarts > 1:
                 with frozen(model) as view:
-                    losses, success = self._objective(view, labels, targets, checked).judge(x_adv)
+                    objective = self._objective(view, labels, targets, checked)
+                    losses, success = objective.judge(x_adv)
                 runs = x_adv.view(objective.searches, self.restarts, *x.shape)
                 worst = _worst(losses.view(runs.shape[:3]), success.view(runs.shape[:3]))
                 x_adv = runs.gather(1, per_sample(worst, x.dim() - 1).expand(-1, -1, *x.shape)).squeeze(1)
                 x_adv = x_adv if self.goal == "members" else x_adv.squeeze(0)
         return x_adv, losses
+
+    def _walk(
+        self,
+        view: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        radius: float | Tensor,
+        index: Tensor | None,
+        checked: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """All restarts from start to end: (last iterates, losses of the last gradient)."""
+        around = ball(self.norm, x.repeat(self.restarts, *[1] * (x.dim() - 1)), radius, x.dim() - 1)
+        noise = Noise(self.seed, self.name, index, self.restarts, x)
+        x_adv = around.random_point(noise.uniform) if self.random_start else around.center
+        objective = self._objective(view, labels, targets, checked)
+        if self.goal == "members":
+            around, x_adv = around.repeat(objective.searches), x_adv.repeat(objective.searches, *[1] * x.dim())
+        return self._run(objective, around, x_adv, noise, checked)
+
+    def _captured(self, view: Ensemble, x: Tensor, y: Tensor, index: Tensor | None, seed: int) -> Tensor:
+        """The search as a CUDA graph, which the view keeps."""
+        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
+
+        def search(x: Tensor, y: Tensor, index: Tensor, seed: Tensor) -> Tensor:
+            return replace(self, seed=seed)._walk(view, x, y, None, self.radius, index, False)[0]
+
+        key = replace(self, seed=None), x.shape, x.dtype
+        return view.captures.get(key, lambda: CapturedSearch(search))(x, y, index, seed)
 
     def _run(
         self, objective: Objective, around: Ball, x_adv: Tensor, noise: Noise, checked: bool

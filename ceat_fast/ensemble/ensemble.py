@@ -16,7 +16,7 @@ from ceat_fast.ensemble.architecture import group_members
 from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
-from ceat_fast.ensemble.graphs import GraphedCalls
+from ceat_fast.ensemble.graphs import Captures, GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
 from ceat_fast.ensemble.streams import run_in_streams
 from ceat_fast.ops import reference
@@ -64,6 +64,7 @@ class Ensemble(nn.Module):
         self.is_view = False  # whether attacks search with it; a view is no judge
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self.captures = Captures()  # of attacks on a view
         self._graphs = GraphedCalls()
         self._fused: list[tuple[list[int], FusedMembers]] | None = None
 
@@ -181,7 +182,14 @@ class Ensemble(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has storage of its own; it makes its own groups.
-        return {**self.__dict__, "_groups": None, "_compiled": [], "_graphs": GraphedCalls(), "_fused": None}
+        fresh: dict[str, Any] = {
+            "_groups": None,
+            "_compiled": [],
+            "captures": Captures(),
+            "_graphs": GraphedCalls(),
+            "_fused": None,
+        }
+        return {**self.__dict__, **fresh}
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, average={self.average!r}"

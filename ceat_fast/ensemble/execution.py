@@ -22,11 +22,12 @@ class Execution:
     Args:
         members: "loop" runs one after the other; "streams" each on a CUDA stream of its own; "vmap" members of one
             architecture as one batched module; "fused", on CUDA with Triton, as "streams" in training, but attacked
-            views of one architecture as one network whose convolutions take addition and ReLU along.
+            views of one architecture as one network whose convolutions take addition and ReLU along; in channels_last.
         channels_last: image batches (B, C, H, W), and the weights of an attacked view, in that memory format.
         compile: through torch.compile.
-        graph: on CUDA, replay the frozen view's forward and backward as CUDA graphs. Where there is nothing to capture
-            (in training, or without a gradient for the input) it makes no difference.
+        graph: on CUDA, replay the frozen view's forward and backward as CUDA graphs, or all steps of a search whose
+            number is fixed. Where there is nothing to capture (in training, or without a gradient for the input) it
+            makes no difference.
         winograd: on the CPU, the 3x3 convolutions of attacked views and of training by `winograd_convolution`, where it
             takes them. Other calls of an ensemble in eval mode, verdicts among them, keep torch's arithmetic.
     """
@@ -62,7 +63,7 @@ class Execution:
 
     def arrange(self, x: Tensor) -> Tensor:
         """`x` in this execution's memory format; what is no image batch stays as it is."""
-        if self.channels_last and x.dim() == 4:
+        if (self.channels_last or self.members == "fused") and x.dim() == 4:
             return x.contiguous(memory_format=torch.channels_last)
         return x
 
@@ -77,9 +78,12 @@ class Tuned(NamedTuple):
 def default_execution(device: torch.device) -> Execution:
     """What "auto" takes where nothing was measured.
 
-    On a GPU launches bound networks of this size, and vmap makes M times fewer. On a CPU there is nothing to save; its
-    convolutions are faster in channels_last, and faster still by the Winograd kernel, where that was built.
+    On a GPU streams in channels_last were the fastest way through torch's own kernels, in attacks and in training. On a
+    CPU there is nothing to run side by side; its convolutions are faster in channels_last, and faster still by the
+    Winograd kernel, where that was built.
     """
+    if device.type == "cuda":
+        return Execution("streams", channels_last=True)
     if device.type != "cpu":
         return Execution("vmap")
     return Execution("loop", channels_last=True, winograd=winograd.missing() is None)

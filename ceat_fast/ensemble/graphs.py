@@ -48,23 +48,39 @@ def beside(call: Callable[[], Result], device: torch.device) -> Result:
     return result
 
 
+class Captures:
+    """What was captured of a module, by key; the one that was not used for the longest time is dropped."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """What `make` gave when that key was asked for first."""
+        if key not in self._kept:
+            self._kept[key] = make()
+            if len(self._kept) > _MOST_SHAPES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        kept: Result = self._kept[key]
+        return kept
+
+
 class GraphedCalls:
     """Captured versions of calls x -> y whose other tensors stay where they are, by shape and a key."""
 
     def __init__(self) -> None:
-        self._calls: OrderedDict[Hashable, Call] = OrderedDict()
+        self._calls = Captures()
 
     def __call__(self, key: Hashable, call: Call, x: Tensor) -> Tensor:
         """`call(x)`, captured at the first use of the key with this shape, type and device; `x` requires a gradient."""
-        place = key, x.shape, x.stride(), x.dtype, x.device
-        if place not in self._calls:
+
+        def make() -> Call:
             sample = x.detach().clone().requires_grad_()
-            self._calls[place] = cast(Call, torch.cuda.make_graphed_callables(call, (sample,)))
-            if len(self._calls) > _MOST_SHAPES:
-                self._calls.popitem(last=False)
-        self._calls.move_to_end(place)
+            return cast(Call, torch.cuda.make_graphed_callables(call, (sample,)))
+
+        graphed = self._calls.get((key, x.shape, x.stride(), x.dtype, x.device), make)
         # The graph's own buffers are overwritten by its next replay.
-        return self._calls[place](_OwnGradient.apply(x)).clone()
+        return graphed(_OwnGradient.apply(x)).clone()
 
 
 class _OwnGradient(torch.autograd.Function):

@@ -137,6 +137,8 @@ class Trainer:
             progress = stack.enter_context(
                 TrainingProgress(self.console, type(self.config.method).__name__, self.config.epochs)
             )
+            # Every batch has the same shapes: cuDNN measures once which of its kernels are the fastest for them.
+            stack.enter_context(_cudnn_benchmark())
             stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))
             self._choose_execution()
             for callback in self.callbacks:
@@ -307,6 +309,16 @@ class Trainer:
 
     def _warn(self, message: str) -> None:
         self.console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 _REMEDIES = "a lower optimizer.lr, schedule.warmup_epochs, optimizer.grad_clip or the method's max_weight help"

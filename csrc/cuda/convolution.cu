@@ -1,7 +1,7 @@
 // 3x3 convolutions of all members in one launch, in bf16 on the matrix units (mma.sync), with what follows them.
 //
 // An implicit matrix product: rows are output pixels of one member, columns its filters, and the taps and channels are
-// summed over. A warp holds kPixelTiles tiles of 16 pixels and all filters. It reads the pixels' channels straight from
+// summed over. A warp holds kPixelTiles tiles of 16 pixels and up to 32 filters. It reads the pixels' channels straight from
 // memory into the operands' registers, nine times from neighbouring places, of which eight hit the L1 cache; the
 // weights lie in shared memory in the order of the operands' registers.
 //
@@ -23,8 +23,12 @@ constexpr int kWarps = 4;
 constexpr int kConvolutionThreads = kWarps * kWarpSize;
 constexpr int kTaps = 9;
 
+// Filters of one thread block, and tiles of 16 pixels of one warp: more of these share a weight's way to the registers,
+// fewer leave more warps to hide latencies.
 template <int kFilters>
-constexpr int kPixelTilesOf = kFilters == 64 ? 2 : 4;
+constexpr int kFilterBlock = kFilters < 32 ? kFilters : 32;
+template <int kFilters>
+constexpr int kPixelTilesOf = kFilters == 16 ? 4 : 2;
 
 // Words of two bf16 that one lane has of a pixel: 2 for 16 channels, else 4 for each 32 of them.
 template <int kChannels>
@@ -78,12 +82,10 @@ __device__ inline void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, u
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
 }
 
-// Starts to copy `count` 16-byte pieces to shared memory.
-__device__ inline void start_copy(uint4* shared, const uint4* from, int count) {
-  for (int i = int(threadIdx.x); i < count; i += kConvolutionThreads) {
-    const uint32_t place = uint32_t(__cvta_generic_to_shared(shared + i));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from + i));
-  }
+// Starts to copy 16 bytes to shared memory.
+__device__ inline void start_copy(uint4* to, const uint4* from) {
+  const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from));
 }
 
 __device__ inline void finish_copy() {
@@ -119,83 +121,73 @@ __device__ inline uint32_t taps_inside(int coordinate, int size, int* at) {
   return inside;
 }
 
+__device__ inline uint32_t divide(uint32_t number, const Divisor& by) {
+  return (__umulhi(number, by.multiplier) + number) >> by.shift;
+}
+
 template <int kChannels, Direction kDirection>
-__device__ inline Source source_of(const ConvolutionArgs& args, const Half* member, int64_t pixel, int64_t pixels) {
+__device__ inline Source source_of(const ConvolutionArgs& args, const Half* member, uint32_t pixel, uint32_t pixels) {
   if (pixel >= pixels) return {member, 0};
-  const int column = int(pixel % args.out_width), row = int(pixel / args.out_width % args.out_height);
-  const int64_t sample = pixel / args.out_width / args.out_height;
+  const uint32_t line = divide(pixel, args.by_width), sample = divide(line, args.by_height);
+  const int column = int(pixel - line * args.by_width.value), row = int(line - sample * args.by_height.value);
   int r, q;
   const uint32_t rows = taps_inside<kDirection>(row, args.height, &r);
   const uint32_t columns = taps_inside<kDirection>(column, args.width, &q);
   uint32_t inside = 0;
 #pragma unroll
   for (int u = 0; u < 3; ++u) inside |= (rows >> u & 1) * columns << 3 * u;
-  return {member + ((sample * args.height + r) * args.width + q) * kChannels, inside};
+  return {member + ((int64_t(sample) * args.height + r) * args.width + q) * kChannels, inside};
 }
 
-// The sums of one pixel and what follows them; the lane has kWords words of filters, two of each column tile.
-template <int kFilters>
-__device__ inline void finish(const ConvolutionArgs& args, int64_t offset, const float (&bias)[kWordsOf<kFilters>][2],
-                              float (&sums)[kWordsOf<kFilters>][2]) {
-  constexpr int kWords = kWordsOf<kFilters>;
-  uint32_t other[kWords], out[kWords];
+// Calls body(sum, other) for all sums of the lane and the elements of a tensor like out, all of which are read first.
+template <int kPixelTiles, int kWords, class Body>
+__device__ inline void with_elements(const void* tensor, const int64_t (&offsets)[kPixelTiles][2],
+                                     float (&sums)[kPixelTiles][kWords][4], const Body& body) {
+  uint32_t words[kPixelTiles][2][kWords];
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    sums[w][0] += bias[w][0];
-    sums[w][1] += bias[w][1];
+  for (int i = 0; i < 2 * kPixelTiles; ++i) {
+    const int64_t offset = offsets[i / 2][i % 2];
+    if (offset >= 0) load_words(words[i / 2][i % 2], static_cast<const Half*>(tensor) + offset);
   }
-  if (args.residual != nullptr) {
-    load_words(other, static_cast<const Half*>(args.residual) + offset);
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const float2 values = unpack(other[w]);
-      sums[w][0] += values.x;
-      sums[w][1] += values.y;
+  for (int i = 0; i < 2 * kPixelTiles; ++i) {
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) {
+      const float2 values = unpack(words[i / 2][i % 2][n]);
+      body(sums[i / 2][n][2 * (i % 2)], values.x);
+      body(sums[i / 2][n][2 * (i % 2) + 1], values.y);
     }
   }
-  if (args.relu) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {  // so that NaN stays NaN
-      sums[w][0] = sums[w][0] < 0 ? 0 : sums[w][0];
-      sums[w][1] = sums[w][1] < 0 ? 0 : sums[w][1];
-    }
-  }
-  if (args.gate != nullptr) {
-    load_words(other, static_cast<const Half*>(args.gate) + offset);
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const float2 values = unpack(other[w]);
-      sums[w][0] = values.x <= 0 ? 0 : sums[w][0];
-      sums[w][1] = values.y <= 0 ? 0 : sums[w][1];
-    }
-  }
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) out[w] = pack(sums[w][0], sums[w][1]);
-  store_words(static_cast<Half*>(args.out) + offset, out);
 }
 
 template <int kChannels, int kFilters, Direction kDirection>
-__global__ void __launch_bounds__(kConvolutionThreads) convolution_kernel(const ConvolutionArgs args) {
-  constexpr int kTiles = kFilters / 8, kPixelTiles = kPixelTilesOf<kFilters>, kWords = kWordsOf<kChannels>;
-  constexpr int kSteps = kChannels / 16;
+__global__ void __launch_bounds__(kConvolutionThreads, kFilters == 16 ? 3 : 5)
+    convolution_kernel(const ConvolutionArgs args) {
+  constexpr int kBlock = kFilterBlock<kFilters>, kTiles = kBlock / 8, kPixelTiles = kPixelTilesOf<kFilters>;
+  constexpr int kWords = kWordsOf<kChannels>, kSteps = kChannels / 16, kAllTiles = kFilters / 8;
   extern __shared__ uint4 shared[];
   const int taps = args.point ? 1 : kTaps;
-  const int fragments = taps * kSteps * kTiles * kWarpSize;  // of 8 bytes
   const int64_t member = blockIdx.y;
-  start_copy(shared, static_cast<const uint4*>(args.weights) + member * (fragments / 2), fragments / 2);
+  // A fragment is what the lanes of a warp have of one k-step and column tile: 16 pieces of 16 bytes. Those of this
+  // block's filters stand together for every k-step.
+  {
+    constexpr int kPieces = 16 * kTiles;
+    const uint4* from = static_cast<const uint4*>(args.weights) +
+                        (member * taps * kSteps * kAllTiles + int64_t(blockIdx.z) * kTiles) * 16;
+    for (int i = int(threadIdx.x); i < taps * kSteps * kPieces; i += kConvolutionThreads) {
+      start_copy(shared + i, from + i / kPieces * (16 * kAllTiles) + i % kPieces);
+    }
+  }
 
   const int lane = int(threadIdx.x) % kWarpSize, quad = lane / 4, t = lane % 4;
-  const int64_t pixels = args.samples * args.out_height * args.out_width;
-  const int64_t first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarpSize) * (16 * kPixelTiles);
+  const uint32_t pixels = uint32_t(args.samples) * uint32_t(args.out_height) * uint32_t(args.out_width);
+  const uint32_t first = (blockIdx.x * kWarps + threadIdx.x / kWarpSize) * (16 * kPixelTiles) + quad;
   const Half* input = static_cast<const Half*>(args.x) + member * args.samples * args.height * args.width * kChannels +
                       t * (kChannels == 16 ? 4 : 8);
   Source sources[kPixelTiles][2];
 #pragma unroll
-  for (int tile = 0; tile < kPixelTiles; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sources[tile][half] = source_of<kChannels, kDirection>(args, input, first + 16 * tile + 8 * half + quad, pixels);
-    }
+  for (int i = 0; i < 2 * kPixelTiles; ++i) {
+    sources[i / 2][i % 2] = source_of<kChannels, kDirection>(args, input, first + 8 * i, pixels);
   }
   float sums[kPixelTiles][kTiles][4] = {};
   finish_copy();
@@ -208,16 +200,13 @@ __global__ void __launch_bounds__(kConvolutionThreads) convolution_kernel(const 
       const int offset = (steps<kDirection>(u) * args.width + steps<kDirection>(v)) * kChannels;
       uint32_t words[kPixelTiles][2][kWords];
 #pragma unroll
-      for (int tile = 0; tile < kPixelTiles; ++tile) {
+      for (int i = 0; i < 2 * kPixelTiles; ++i) {
+        const Source& source = sources[i / 2][i % 2];
+        if (source.inside >> (3 * u + v) & 1) {
+          load_words(words[i / 2][i % 2], source.base + offset);
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Source& source = sources[tile][half];
-          if (source.inside >> (3 * u + v) & 1) {
-            load_words(words[tile][half], source.base + offset);
-          } else {
-#pragma unroll
-            for (int w = 0; w < kWords; ++w) words[tile][half][w] = 0;
-          }
+          for (int w = 0; w < kWords; ++w) words[i / 2][i % 2][w] = 0;
         }
       }
       const int tap = args.point ? 0 : args.flipped ? kTaps - 1 - (3 * u + v) : 3 * u + v;
@@ -236,33 +225,49 @@ __global__ void __launch_bounds__(kConvolutionThreads) convolution_kernel(const 
     }
   }
 
-  // Column tile n of the sums is word n of the lane's filters.
-  const int place = t * (kFilters == 16 ? 4 : 8);
-  float bias[kWordsOf<kFilters>][2] = {};
-  if (args.bias != nullptr) {
-    uint32_t packed[kWordsOf<kFilters>];
-    load_words(packed, static_cast<const Half*>(args.bias) + member * kFilters + place);
+  // The lane's filters are neighbours, two of each column tile.
+  const int place = int(blockIdx.z) * kBlock + t * (kBlock == 16 ? 4 : 8);
+  int64_t offsets[kPixelTiles][2];
 #pragma unroll
-    for (int w = 0; w < kWordsOf<kFilters>; ++w) {
-      const float2 values = unpack(packed[w]);
-      bias[w][0] = values.x;
-      bias[w][1] = values.y;
+  for (int i = 0; i < 2 * kPixelTiles; ++i) {
+    const uint32_t pixel = first + 8 * i;
+    offsets[i / 2][i % 2] = pixel < pixels ? (member * pixels + pixel) * kFilters + place : -1;
+  }
+  if (args.bias != nullptr) {
+    uint32_t bias[kTiles];
+    load_words(bias, static_cast<const Half*>(args.bias) + member * kFilters + place);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const float2 values = unpack(bias[n]);
+#pragma unroll
+      for (int tile = 0; tile < kPixelTiles; ++tile) {
+        sums[tile][n][0] += values.x;
+        sums[tile][n][1] += values.y;
+        sums[tile][n][2] += values.x;
+        sums[tile][n][3] += values.y;
+      }
     }
   }
+  if (args.residual != nullptr) {
+    with_elements(args.residual, offsets, sums, [](float& sum, float other) { sum += other; });
+  }
+  if (args.relu) {
 #pragma unroll
-  for (int tile = 0; tile < kPixelTiles; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t pixel = first + 16 * tile + 8 * half + quad;
-      if (pixel >= pixels) continue;
-      float own[kTiles][2];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        own[n][0] = sums[tile][n][2 * half];
-        own[n][1] = sums[tile][n][2 * half + 1];
-      }
-      finish<kFilters>(args, (member * pixels + pixel) * kFilters + place, bias, own);
+    for (int i = 0; i < kPixelTiles * kTiles * 4; ++i) {
+      float& sum = sums[i / (kTiles * 4)][i / 4 % kTiles][i % 4];
+      sum = sum < 0 ? 0 : sum;  // NaN stays NaN
     }
+  }
+  if (args.gate != nullptr) {
+    with_elements(args.gate, offsets, sums, [](float& sum, float other) { sum = other <= 0 ? 0 : sum; });
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kPixelTiles; ++i) {
+    uint32_t out[kTiles];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) out[n] = pack(sums[i / 2][n][2 * (i % 2)], sums[i / 2][n][2 * (i % 2) + 1]);
+    const int64_t offset = offsets[i / 2][i % 2];
+    if (offset >= 0) store_words(static_cast<Half*>(args.out) + offset, out);
   }
 }
 
@@ -270,11 +275,12 @@ template <int kChannels, int kFilters, Direction kDirection>
 const char* launch_directed(const ConvolutionArgs& args, void* stream) {
   constexpr int kPixels = kWarps * 16 * kPixelTilesOf<kFilters>;
   const auto kernel = convolution_kernel<kChannels, kFilters, kDirection>;
-  const size_t bytes = size_t(args.point ? 1 : kTaps) * kChannels * kFilters * sizeof(Half);
+  constexpr int kBlock = kFilterBlock<kFilters>;
+  const size_t bytes = size_t(args.point ? 1 : kTaps) * kChannels * kBlock * sizeof(Half);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t pixels = args.samples * args.out_height * args.out_width;
-  const dim3 blocks(unsigned((pixels + kPixels - 1) / kPixels), unsigned(args.members));
+  const dim3 blocks(unsigned((pixels + kPixels - 1) / kPixels), unsigned(args.members), kFilters / kBlock);
   kernel<<<blocks, kConvolutionThreads, bytes, static_cast<cudaStream_t>(stream)>>>(args);
   const cudaError_t launched = cudaGetLastError();
   return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);

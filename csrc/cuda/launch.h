@@ -80,6 +80,18 @@ const char* launch_scale_gradients(const ScaleArgs& args, void* stream);
 // the gradient of that with stride 2 for its input, in[(r + 1 - u) / 2, (q + 1 - v) / 2] W[u, v] where 2 divides both.
 enum class Direction { kStride1, kStride2, kTransposed2 };
 
+// Division of numbers below 2^31 by one that is known when a kernel is launched: on a GPU a division takes as long as
+// twenty multiplications (Granlund and Montgomery, 1994).
+struct Divisor {
+  uint32_t value, multiplier, shift;
+};
+constexpr Divisor divisor(uint32_t value) {
+  uint32_t shift = 0;
+  while ((uint64_t(1) << shift) < value) ++shift;
+  const uint64_t rest = (uint64_t(1) << shift) - value;
+  return {value, uint32_t((rest << 32) / value + 1), shift};
+}
+
 // bf16, contiguous, aligned to 16 bytes: x (M, B, height, width, channels) and out, residual and gate
 // (M, B, out_height, out_width, filters); bias (M, filters). Where gate is not positive, out is 0.
 struct ConvolutionArgs {
@@ -89,6 +101,7 @@ struct ConvolutionArgs {
   int members, channels, filters;
   int64_t samples;
   int height, width, out_height, out_width;
+  Divisor by_height, by_width;  // by out_height and out_width
   Direction direction;
   bool point;    // only the middle tap, and `weights` has no other
   bool flipped;  // tap (u, v) has the weights of (2 - u, 2 - v)

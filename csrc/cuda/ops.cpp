@@ -222,6 +222,7 @@ Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::opt
   STD_TORCH_CHECK(weights.numel() == members * (point ? 1 : 9) * channels * filters, "weights have a wrong size");
   STD_TORCH_CHECK(direction >= 0 && direction <= 2, "direction must be 0, 1 or 2, got ", direction);
   STD_TORCH_CHECK(members <= 65535, "at most 65,535 members, got ", members);
+  STD_TORCH_CHECK(samples * out_height * out_width < int64_t(1) << 31, "at most 2^31 pixels of a member");
   check_device(weights, x, "weights");
   const DeviceGuard guard(x.get_device_index());
   Tensor out = empty(x, x.scalar_type(), {members, samples, out_height, out_width, filters});
@@ -240,6 +241,8 @@ Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::opt
                              int(x.size(3)),
                              int(out_height),
                              int(out_width),
+                             divisor(uint32_t(out_height)),
+                             divisor(uint32_t(out_width)),
                              Direction(direction),
                              point,
                              flipped,
