@@ -154,7 +154,9 @@ def test_a_step_that_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_graphs_on_cuda(tmp_path, backend, method):
     method = CEAT() if method == "CEAT" else METHODS[method]
-    config = {"method": method, "epochs": 4, "device": "cuda", "backend": backend}
+    # Not the tiny models: torch 2.11 cannot vmap a BatchNorm in train mode over inputs that all members share.
+    models = ["digits_resnet"] * 3
+    config = {"method": method, "models": models, "epochs": 4, "device": "cuda", "backend": backend}
     plain = train(tiny_config(tmp_path / "plain", cuda_graph="off", **config))
     graphed = train(tiny_config(tmp_path / "graphed", cuda_graph="on", **config))
     torch.testing.assert_close(weights(graphed), weights(plain), rtol=1e-3, atol=1e-4)

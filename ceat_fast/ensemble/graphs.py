@@ -26,7 +26,7 @@ def capture(call: Callable[[], Result]) -> Callable[[], Result]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Result:
+    def replay(owner: object = call) -> Result:  # what the call works on must live as long as the graph
         graph.replay()
         return result
 

@@ -121,7 +121,8 @@ def ensemble_log_prob(logits: Tensor) -> Tensor:
     logsumexp keeps the value and the gradient finite where a clamp on the mean would not.
     """
     log_prob = logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
-    return log_prob.logsumexp(0) - torch.tensor(logits.shape[0], dtype=log_prob.dtype).log().to(logits.device)
+    members = torch.full((), logits.shape[0], dtype=log_prob.dtype, device=logits.device)  # no copy from the host
+    return log_prob.logsumexp(0) - members.log()
 
 
 def ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int) -> Tensor:
