@@ -22,7 +22,7 @@ fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
-all_pieces=(build tests_ops tests_rest memcheck racecheck throughput loss suites autoattack)
+all_pieces=(build tests_ops tests_rest memcheck racecheck device_time throughput loss suites autoattack)
 pieces=("$@")
 [ $# -gt 0 ] || pieces=("${all_pieces[@]}")
 
@@ -66,6 +66,12 @@ piece_tests_rest() {
 
 piece_memcheck() { sanitize memcheck; }
 piece_racecheck() { sanitize racecheck; }
+
+piece_device_time() {
+  local size=()
+  ! $dry_run || size=(--batch 8 --steps 1)
+  "$python" bench/device_time.py "${size[@]}" --json "$out/device_time.json"
+}
 
 piece_throughput() {
   local size=()

@@ -8,6 +8,7 @@ from tiny_training import tiny_config, train
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import MIM, PGD, AutoAttack, keyed_uniform
+from ceat_fast.ensemble import tune
 from ceat_fast.ensemble.graphs import beside, capture
 from ceat_fast.loss import ceat_loss, ensemble_cross_entropy
 from ceat_fast.methods import CEAT, EAT
@@ -201,6 +202,16 @@ def test_whole_searches_in_a_graph_as_on_the_cpu(backend, goal):
         with torch.no_grad():
             for ensemble in (plain, graphed):
                 ensemble.members[1].fc.weight.mul_(0.9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tuning_for_captured_steps(precision):
+    ensemble = Ensemble([model.float() for model in models()]).cuda().train()
+    x = images(32)[0].float().cuda()
+    settings = {"precision": precision, "training_precision": precision, "captured": True}
+    chosen = tune(ensemble, x, **settings, remember=False)
+    assert not any(execution.graph for execution in chosen)
+    torch.cuda.synchronize()
 
 
 def test_autoattack_flags_as_on_the_cpu():

@@ -1,0 +1,146 @@
+"""Where the time of a training step goes on a GPU: its parts, each as one CUDA graph, so that launches do not count.
+
+    python bench/device_time.py [--json FILE] [--device cuda]
+
+convolutions   3x3, all members: torch's one after the other, and ours with residual and ReLU; the gradient with both
+attack         PGD-10 in each execution
+training       clean and adversarial forward, loss and backward in each execution
+step           attack, losses, backward and optimizer as the trainer makes them, on the host's clock
+On a CPU, where there are no graphs, the same calls are timed as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import Setting, our_attack, our_step
+from rich.console import Console
+from rich.table import Table
+from timing import compare
+from torch.nn import functional as F
+
+from ceat_fast import Ensemble
+from ceat_fast.ensemble.graphs import beside, capture
+from ceat_fast.environment import describe_environment
+from ceat_fast.loss import ceat_loss
+from ceat_fast.ops import convolution
+from ceat_fast.ops.convolution import MemberWeights
+
+WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels and sides of ResNet-20's stages
+ATTACKS = ("loop", "loop+channels_last", "streams", "streams+channels_last", "vmap", "fused")
+TRAININGS = ("loop", "loop+channels_last", "streams", "streams+channels_last")
+_REPLAYS = 9
+
+
+def seconds(call: Callable[[], object], device: str, repeats: int = 1) -> float:
+    """Median time of a call in a graph of so many; on a CPU, of a call."""
+    if not device.startswith("cuda"):
+        return compare({"": call}, rounds=3, device=device)[""].median
+    for _ in range(3):
+        beside(call, torch.device(device))
+    replay = capture(lambda: [call() for _ in range(repeats)])
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / repeats)
+    return statistics.median(times)
+
+
+def convolutions(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
+    found = {}
+    for width, side in WIDTHS:
+        size = setting.members, setting.batch, side, side, width
+        x, residual, gate = (torch.randn(size, device=setting.device, dtype=dtype) for _ in range(3))
+        weight = torch.randn(setting.members, width, 3, 3, width, device=setting.device, dtype=dtype) / (3 * width**0.5)
+        bias = torch.randn(setting.members, width, device=setting.device, dtype=dtype)
+        images, filters, skips = (t.permute(0, 1, 4, 2, 3) for t in (x, weight, residual))
+
+        def by_torch(images=images, filters=filters, bias=bias, skips=skips) -> object:
+            rows = zip(images, filters, bias, skips, strict=True)
+            return [F.relu_(F.conv2d(i, w, b, padding=1).add_(s)) for i, w, b, s in rows]
+
+        time_of = partial(seconds, device=setting.device, repeats=10)
+        found[f"{width}@{side}, torch"] = time_of(by_torch)
+        if convolution.missing(torch.device(setting.device).type) is None:
+            ours = MemberWeights(weight, bias, 1)
+            found[f"{width}@{side}, ours"] = time_of(partial(ours.convolve, x, residual, relu=True))
+            found[f"{width}@{side}, ours, gradient"] = time_of(
+                partial(ours.input_gradient, x, side, side, residual, gate)
+            )
+    return found
+
+
+def attack_call(setting: Setting, backend: str) -> Callable[[], object]:
+    ensemble, attack = Ensemble(setting.build(), backend), our_attack(setting)
+    x, y = setting.data()
+    index = torch.arange(len(x), device=x.device)
+    return lambda: attack.perturb(ensemble, x, y, index)
+
+
+def training_call(setting: Setting, backend: str) -> Callable[[], object]:
+    ensemble = Ensemble(setting.build(), backend).train()
+    x, y = setting.data()
+    weights = list(ensemble.parameters())
+
+    def call() -> object:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+            adv, nat = ensemble.member_logits(x), ensemble.member_logits(x)
+        return torch.autograd.grad(ceat_loss(adv, nat, y).sum(), weights)
+
+    return call
+
+
+def measure(setting: Setting, dtype: torch.dtype, console: Console) -> dict[str, dict[str, float]]:
+    on_gpu = setting.device.startswith("cuda")
+    attacks = ATTACKS if on_gpu else ATTACKS[:2]
+    trainings = TRAININGS if on_gpu else TRAININGS[:2]
+    parts: dict[str, dict[str, Callable[[], float]]] = {
+        "attack": {name: lambda n=name: seconds(attack_call(setting, n), setting.device) for name in attacks},
+        "training": {name: lambda n=name: seconds(training_call(setting, n), setting.device) for name in trainings},
+        "step": {
+            "captured" if on_gpu else "plain": lambda: (
+                compare({"": our_step(setting, compiled=False)}, rounds=5, device=setting.device)[""].median
+            )
+        },
+    }
+    report: dict[str, dict[str, float]] = {"convolutions": convolutions(setting, dtype)}
+    for part, ways in parts.items():
+        report[part] = {name: way() for name, way in ways.items()}
+    table = Table("part", "way", "microseconds")
+    for part, way in itertools.chain.from_iterable(((p, w) for w in report[p]) for p in report):
+        table.add_row(part, way, f"{1e6 * report[part][way]:,.1f}")
+    console.print(table)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    on_gpu = arguments.device.startswith("cuda")
+    precision = "bf16" if on_gpu else "fp32"
+    setting = Setting(device=arguments.device, precision=precision, batch=arguments.batch, steps=arguments.steps)
+    found: dict[str, Any] = {"environment": describe_environment(), "precision": precision}
+    found |= measure(setting, torch.bfloat16 if on_gpu else torch.float32, Console())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
