@@ -182,6 +182,16 @@ class OwnTensor(Odd):
         return super().forward(x) * self.scale
 
 
+class Tied(Broadcast):
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Conv2d(16, 16, 3, padding=1)
+        self.again.weight = self.b.weight
+
+    def forward(self, x):
+        return self.fc(F.relu(self.again(self.b(self.a(x)))).mean((2, 3)))
+
+
 class BatchMean(Broadcast):
     def forward(self, x):
         return super().forward(x - x.mean(0, keepdim=True))
@@ -196,6 +206,7 @@ class Branching(Broadcast):
     ("model", "text"),
     [
         (Mixing, "stem is called twice"),
+        (Tied, "again shares a tensor with another module"),
         (OwnTensor, "the forward uses a tensor of the module itself, scale"),
         (BatchMean, "the forward does not treat every sample by itself"),
         (Branching, r"torch.fx cannot trace the forward \(TraceError\)"),

@@ -50,7 +50,7 @@ class FusedMembers:
 
     Raises:
         NotFusableError: there are no kernels for this device; torch.fx cannot follow the forward; it uses tensors of
-            the root module itself, or a module with tensors twice.
+            the root module itself, a module with tensors twice, or a tensor in two modules.
     """
 
     def __init__(self, members: Sequence[nn.Module], sample: Tensor) -> None:
@@ -342,6 +342,7 @@ def _steps(
     steps: list[_Convolution | _Operation] = []
     last_of: dict[fx.Node, fx.Node] = {}
     wrapped: set[str] = set()
+    tied: set[int] = set()  # tensors that are views into storage of all members by now
     kinds = {node: type(members[0].get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"}
     fused: dict[fx.Node, _Convolution] = {}  # by the last node of the chain, where the step has its place
     for node in graph.nodes:
@@ -358,6 +359,10 @@ def _steps(
         if node.kwargs or not all(isinstance(argument, fx.Node) for argument in node.args):
             raise NotFusableError(f"{node.target} is called with more than tensors")
         wrapped.add(str(node.target))
+        own = {id(tensor) for tensor in (*layers[0].parameters(), *layers[0].buffers())}
+        if own & tied:
+            raise NotFusableError(f"{node.target} shares a tensor with another module")
+        tied |= own
         convolutions = [layer for layer in layers if _suits(layer)]
         if not convolutions:
             steps.append(_Operation(node, MemberModule(layers)))
