@@ -1,8 +1,8 @@
 // 3x3 convolutions of all members in one launch, in bf16 on the matrix units (mma.sync), with what follows them.
 //
 // An implicit matrix product: rows are output pixels of one member, columns its filters, and the taps and channels are
-// summed over. A warp holds kPixelTiles tiles of 16 pixels and up to 32 filters. It reads the pixels' channels straight from
-// memory into the operands' registers, nine times from neighbouring places, of which eight hit the L1 cache; the
+// summed over. A warp holds kPixelTiles tiles of 16 pixels and up to 32 filters. It reads the pixels' channels straight
+// from memory into the operands' registers, nine times from neighbouring places, of which eight hit the L1 cache; the
 // weights lie in shared memory in the order of the operands' registers.
 //
 // Which channel stands in which place of an operand is free as long as both operands agree, and which filter in which

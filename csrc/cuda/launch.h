@@ -95,7 +95,7 @@ constexpr Divisor divisor(uint32_t value) {
 // bf16, contiguous, aligned to 16 bytes: x (M, B, height, width, channels) and out, residual and gate
 // (M, B, out_height, out_width, filters); bias (M, filters). Where gate is not positive, out is 0.
 struct ConvolutionArgs {
-  const void *x, *weights;  // weights (M, taps, channels / 16, filters / 8, 32 lanes, 4), see convolution.cu
+  const void *x, *weights;             // weights (M, taps, channels / 16, filters / 8, 32 lanes, 4), see convolution.cu
   const void *bias, *residual, *gate;  // or null
   void* out;
   int members, channels, filters;
