@@ -21,10 +21,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """Captures without a GPU: a replay makes the captured call again, on the tensors that it was captured with."""
-    made = []
+def recorder(made):
+    """Stands in for a capture without a GPU: a replay makes the call again, on its tensors, and counts in `made`."""
 
     def record(call):
         made.append(0)
@@ -35,7 +33,14 @@ def recorded(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(capture, "capture", record)
+    return record
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Captures of steps; the number of replays of each."""
+    made = []
+    monkeypatch.setattr(capture, "capture", recorder(made))
     monkeypatch.setattr(step, "obstacle", lambda method, device, *rest: obstacle(method, CUDA, *rest))
     return made
 
@@ -174,19 +179,9 @@ def test_a_whole_run_on_cuda(tmp_path):
 
 @pytest.fixture
 def searches(monkeypatch):
-    """Captures of whole searches without a GPU, as `recorded` has them of steps."""
+    """Captures of whole searches; the number of replays of each."""
     made = []
-
-    def record(call):
-        made.append(0)
-
-        def replay():
-            made[-1] += 1
-            return call()
-
-        return replay
-
-    monkeypatch.setattr(captured, "capture", record)
+    monkeypatch.setattr(captured, "capture", recorder(made))
     monkeypatch.setattr(fixed_step, "can_capture", lambda view, x: True)
     return made
 
