@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
+import random
 import unittest.mock
 
 import pytest
@@ -11,18 +15,24 @@ from torch.nn import functional as F
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import PGD
-from ceat_fast.ensemble import frozen, fused
+from ceat_fast.ensemble import ensemble, frozen, fused
+from ceat_fast.ensemble.execution import Execution
 from ceat_fast.ensemble.fused import FusedMembers, MemberModule, NotFusableError
 from ceat_fast.models import digits_resnet, resnet20
+from ceat_fast.ops import native
 from ceat_fast.ops.convolution import MemberWeights
 
+on_native = pytest.mark.skipif(native.missing("cpu") is not None, reason="no native kernels")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class PlainWeights(MemberWeights):
-    """The kernels' contract in torch."""
+    """The contract of the kernels on a GPU, in torch."""
 
     calls = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, kernel="triton")
 
     def convolve(self, x, residual=None, *, relu):
         self.calls += 1
@@ -47,7 +57,7 @@ class PlainWeights(MemberWeights):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(fused.convolution, "missing", lambda device: None)
+    monkeypatch.setattr(fused.convolution, "missing", lambda device, dtype: None)
     monkeypatch.setattr(fused, "MemberWeights", PlainWeights)
     monkeypatch.setitem(fused._TOLERANCE, torch.float64, 1e-9)
 
@@ -132,9 +142,9 @@ def test_every_convolution_of_a_resnet_takes_its_epilogue_along(on_cpu):
         assert len(convolutions) == 21
         assert [step.relu for step in convolutions].count(True) == 19
         assert [step.residual is None for step in convolutions].count(False) == 9
-        # Normalisation and head; the identities in place of BatchNorm and in the shortcuts; the average.
+        # Normalisation and head; the average. The identities in place of BatchNorm and in the shortcuts are gone.
         assert [type(call) for call in others].count(MemberModule) == 2
-        assert {type(call) for call in others} == {MemberModule, nn.Identity, fused._Method}
+        assert {type(call) for call in others} == {MemberModule, fused._Method}
         before = [step.layer.weights.calls for step in convolutions]
         masks = []
         gate = torch.ops.aten.threshold_backward
@@ -202,6 +212,16 @@ class Branching(Broadcast):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+class Drawing(Broadcast):
+    def forward(self, x):
+        return super().forward(x * random.uniform(0.9, 1.1))
+
+
+class Pair(Broadcast):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [
@@ -209,20 +229,157 @@ class Branching(Broadcast):
         (Tied, "again shares a tensor with another module"),
         (OwnTensor, "the forward uses a tensor of the module itself, scale"),
         (BatchMean, "the forward does not treat every sample by itself"),
+        (Drawing, "the forward is another one every time"),
+        (Pair, r"the forward does not return logits \(B, K\)"),
         (Branching, r"torch.fx cannot trace the forward \(TraceError\)"),
     ],
 )
 def test_what_cannot_be_fused(on_cpu, model, text):
-    x = torch.stack([images() * (m + 1) for m in range(3)])
     with frozen(Ensemble(lived_in(model), "fused")) as view, pytest.raises(RuntimeError, match=text):
-        view.member_logits(x)
+        view.member_logits(images())
 
 
-def test_refused_without_triton_or_a_gpu():
-    with pytest.raises(NotFusableError, match="triton"):
-        FusedMembers([resnet20()], torch.rand(1, 3, 8, 8))
+@pytest.mark.parametrize("model", [BatchMean, Branching])
+def test_auto_loops_over_what_cannot_be_fused(on_cpu, monkeypatch, model):
+    monkeypatch.setattr(ensemble, "default_execution", lambda device: Execution("fused"))
+    models = lived_in(model)
+    x = images()
+    with frozen(Ensemble(models)) as view, frozen(Ensemble(models, "loop")) as right:
+        for _ in range(2):
+            torch.testing.assert_close(view.member_logits(x), right.member_logits(x), rtol=1e-9, atol=1e-11)
+
+
+def test_refused():
+    with pytest.raises(NotFusableError, match=r"for torch\.float32, not for torch\.float64"):
+        FusedMembers([resnet20().double()], torch.rand(1, 3, 8, 8).double())
     with pytest.raises(ValueError, match="'fused' goes with no option but graph"):
         Ensemble([resnet20()], "fused+channels_last")
+
+
+class Smooth(nn.Module):
+    """Without a kink, at which a rounding could change a gradient by any amount; widths that no kernel has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.down, self.short = nn.Conv2d(32, 48, 3, 2, padding=1), nn.Conv2d(32, 48, 1, 2)
+        self.odd, self.last = nn.Conv2d(48, 20, 3, padding=1), nn.Conv2d(20, 16, 3, padding=1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.softplus(self.norm(self.stem(x)))
+        x = F.softplus(self.down(x) + self.short(x))
+        x = F.softplus(self.last(F.softplus(self.odd(x)))).mean((2, 3))
+        return self.head(x)
+
+
+@on_native
+@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("side", [8, 13])
+def test_the_kernels_of_the_cpu(per_member, side):
+    models = [model.float() for model in lived_in(Smooth)]
+    x = torch.rand(3, 7, 3, side, side) if per_member else torch.rand(7, 3, side, side)
+    results = []
+    for backend, double in (("loop", True), ("fused", False), ("auto", False)):
+        view_of = [copy.deepcopy(model).double() for model in models] if double else models
+        with frozen(Ensemble(view_of, backend)) as view:
+            point = (x.double() if double else x.clone()).requires_grad_()
+            logits = view.member_logits(point, per_member=per_member)
+            results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), point)[0]))
+            assert double or view._fused is not None
+    for found in results[1:]:
+        for got, right in zip(found, results[0], strict=True):
+            assert (got - right).norm() < 1e-5 * right.norm()
+
+
+@on_native
+def test_a_plain_module_and_its_weights():
+    (model,) = (model.float() for model in lived_in(Smooth, 1))
+    x = torch.rand(7, 3, 8, 8)
+    for _ in range(2):
+        with frozen(model) as view, frozen(copy.deepcopy(model).double()) as right:
+            assert (view(x) - right(x.double())).norm() < 1e-5 * right(x.double()).norm()
+            assert view._fused is not None
+            with pytest.raises(RuntimeError, match="channels"):
+                view(torch.rand(2, 5, 8, 8))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01).add_(0.001)
+
+
+@on_native
+def test_a_resnet_on_the_cpu_at_any_number_of_threads():
+    models = [model.float() for model in lived_in(resnet20)]
+    x, found = torch.rand(5, 3, 32, 32), []
+    for threads in (1, 2):
+        with one_thread() if threads == 1 else contextlib.nullcontext(), frozen(Ensemble(models, "fused")) as view:
+            point = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(view(point)[:, 0].sum(), point)[0])
+    assert torch.equal(*found)
+
+
+@contextlib.contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@on_native
+def test_gradients_again_and_gradients_of_gradients():
+    models = [model.float() for model in lived_in(Smooth)]
+    x = torch.rand(7, 3, 8, 8)
+    seconds = []
+    for backend, cast in (("loop", torch.Tensor.double), ("fused", torch.Tensor.float)):
+        members = [copy.deepcopy(model).to(cast(x).dtype) for model in models]
+        with frozen(Ensemble(members, backend)) as view:
+            point = cast(x).requires_grad_()
+            logits = view.member_logits(point)
+            first, again = (torch.autograd.grad(logits.sum(), point, retain_graph=True)[0] for _ in range(2))
+            assert torch.equal(first, again)
+            (inner,) = torch.autograd.grad(logits.square().sum(), point, create_graph=True)
+            seconds.append(torch.autograd.grad(inner.square().sum(), point)[0])
+    assert (seconds[1] - seconds[0]).norm() < 1e-4 * seconds[0].norm()
+
+
+class Detached(Smooth):
+    def forward(self, x):
+        return super().forward((x * 16).round().detach())
+
+
+@on_native
+def test_outputs_without_a_gradient_say_so():
+    for backend in ("loop", "fused"):
+        with frozen(Ensemble([model.float() for model in lived_in(Detached)], backend)) as view:
+            assert not view(torch.rand(2, 3, 8, 8).requires_grad_()).requires_grad
+
+
+@on_native
+def test_no_samples():
+    with frozen(Ensemble([model.float() for model in lived_in(Smooth)], "fused")) as view:
+        assert view(torch.rand(0, 3, 8, 8)).shape == (0, 5)
+        assert view.member_logits(torch.rand(3, 0, 3, 8, 8), per_member=True).shape == (3, 0, 5)
+
+
+@on_native
+def test_nothing_is_kept_once_a_gradient_was_taken():
+    """Tensors of a pass go with the last reference to its outputs, without waiting for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        with frozen(Ensemble([model.float() for model in lived_in(resnet20)], "fused")) as view:
+            point = torch.rand(2, 3, 32, 32).requires_grad_()
+            logits = view(point)
+            records = [o for o in gc.get_objects() if type(o) is fused._Record]
+            assert len(records) == 1
+            torch.autograd.grad(logits.sum(), point)
+            del logits, records
+            assert not [o for o in gc.get_objects() if type(o) is fused._Record]
+    finally:
+        gc.enable()
 
 
 @on_gpu

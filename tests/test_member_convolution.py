@@ -1,4 +1,4 @@
-"""The member-batched convolution against torch's own, in Triton's interpreter or on a GPU, and its compilation."""
+"""The member-batched convolution against torch's own: on the CPU, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ceat_fast.ops import convolution, triton_backend
+from ceat_fast.ops import convolution, native, triton_backend
 from ceat_fast.ops.convolution import MemberWeights, pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = not INTERPRETED and triton_backend.missing("cuda") is None
 DEVICE = "cuda" if COMPILED else "cpu"
+on_native = pytest.mark.skipif(
+    INTERPRETED or native.missing("cpu") is not None, reason=f"no native kernels: {native.missing('cpu')}"
+)
 on_kernels = pytest.mark.skipif(not (INTERPRETED or COMPILED), reason="runs in the interpreter, in a child process")
 
 
@@ -52,8 +57,8 @@ class Problem:
         self.residual, self.grad = draw(members, samples, *out, filters), draw(members, samples, *out, filters)
         self.other, self.gate = draw(*self.x.shape), draw(*self.x.shape)
 
-    def weights(self):
-        return MemberWeights(self.weight, self.bias, self.stride, self.point)
+    def weights(self, kernel=None):
+        return MemberWeights(self.weight, self.bias, self.stride, self.point, kernel=kernel)
 
     def sums(self, x):
         rows = zip(x, self.weight.double(), self.bias.double(), strict=True)
@@ -75,8 +80,8 @@ class Problem:
         return grad * (self.gate > 0) if gate else grad
 
 
-def check(problem, bound):
-    weights = problem.weights()
+def check(problem, bound, kernel=None):
+    weights = problem.weights(kernel)
     for residual, flag in ((True, True), (False, False), (True, False)):
         out = weights.convolve(problem.x, problem.residual if residual else None, relu=flag)
         right = problem.right_output(residual, flag)
@@ -100,12 +105,107 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("point", [False, True])
 def test_equals_torch_convolution(shape, point):
-    check(Problem(*shape, torch.float32, point), 1e-5)
+    check(Problem(*shape, torch.float32, point), 1e-5, "triton")
+
+
+@on_native
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 30, (13, 9), 32, 48, 1), (2, 40, (9, 11), 16, 32, 2)], ids=str)
+@pytest.mark.parametrize("point", [False, True])
+def test_on_the_cpu(shape, point):
+    check(Problem(*shape, torch.float32, point), 1e-4, "cpu")
+
+
+@on_native
+@settings(max_examples=60, deadline=None)
+@given(
+    members=st.integers(1, 3),
+    samples=st.integers(0, 5),
+    height=st.integers(1, 14),
+    width=st.integers(1, 14),
+    channels=st.integers(1, 3),
+    filters=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    point=st.booleans(),
+)
+def test_any_size_on_the_cpu(members, samples, height, width, channels, filters, stride, point):
+    shape = members, samples, (height, width), 16 * channels, 16 * filters, stride
+    check(Problem(*shape, torch.float32, point), 1e-4, "cpu")
+
+
+@on_native
+@pytest.mark.parametrize("inputs", [1, 3, 16, 17])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_channels_that_are_zeros_need_not_be_given(inputs, stride):
+    problem = Problem(2, 3, (9, 6), 32, 16, stride, torch.float32)
+    problem.weight[..., inputs:] = 0.0
+    weights = MemberWeights(problem.weight, problem.bias, stride, inputs=inputs, kernel="cpu")
+    out = weights.convolve(problem.x[..., :inputs].contiguous(), problem.residual, relu=True)
+    torch.testing.assert_close(out.double(), problem.right_output(True, True), rtol=1e-4, atol=1e-4)
+    grad = weights.input_gradient(problem.grad, 9, 6)
+    torch.testing.assert_close(grad.double(), problem.right_gradient(False, False), rtol=1e-4, atol=1e-4)
+
+
+@on_native
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_passes_a_relu_on_the_cpu(stride):
+    problem = Problem(1, 1, (4, 4), 16, 16, stride, torch.float32)
+    problem.x[0, 0, 1, 1, 0] = torch.nan
+    assert problem.weights("cpu").convolve(problem.x, relu=True).isnan().any()
+
+
+@on_native
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_of_the_cpu(isa):
+    """Each set that this CPU runs gives the same convolution; a set that it lacks stands for a lesser one."""
+    code = (
+        "import torch\n"
+        "from tests.test_member_convolution import Problem, check\n"
+        "for stride in (1, 2):\n"
+        "    check(Problem(2, 3, (7, 9), 32, 48, stride, torch.float32), 1e-4, 'cpu')\n"
+    )
+    environment = {**os.environ, "CEAT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@on_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 1, 4, 4, 16).double()}, "x must be contiguous float32"),
+        ({"x": torch.zeros(2, 1, 4, 4, 3)}, "weights must be contiguous float32"),
+        ({"bias": torch.zeros(16)}, "bias must be contiguous float32"),
+        ({"residual": torch.zeros(2, 1, 4, 4, 32)}, "residual must be contiguous float32"),
+        ({"gate": torch.zeros(2, 1, 4, 2, 16)}, "gate must be contiguous float32"),
+        ({"filters": 24}, "filters must be a multiple of 16, got 24"),
+        ({"direction": 1}, "do not go with the direction"),
+        ({"weights": torch.zeros(2, 1, 9, 16, 16), "direction": 3}, "direction must be 0, 1 or 2, got 3"),
+        ({"out_height": 5}, "an output of 5 x 4 does not belong to an input of 4 x 4"),
+    ],
+)
+def test_the_native_op_refuses_what_it_would_misread(change, message):
+    arguments = {
+        "x": torch.zeros(2, 1, 4, 4, 16),
+        "weights": torch.zeros(2, 1, 36, 16, 16),
+        "bias": None,
+        "residual": None,
+        "gate": None,
+        "filters": 16,
+        "out_height": 4,
+        "out_width": 4,
+        "direction": 0,
+        "point": False,
+        "flipped": False,
+        "relu": False,
+    }
+    op = torch.ops.ceat_fast.member_convolution_native
+    assert op(*arguments.values()).shape == (2, 1, 4, 4, 16)
+    with pytest.raises(RuntimeError, match=message):
+        op(*(arguments | change).values())
 
 
 @on_kernels
 def test_half_precision_accumulates_in_fp32_as_torch_convolution():
-    check(Problem(1, 1, (4, 4), 64, 16, 1, torch.float16), 4e-3)
+    check(Problem(1, 1, (4, 4), 64, 16, 1, torch.float16), 4e-3, "triton")
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs a GPU")
@@ -121,16 +221,29 @@ def test_bf16_on_cuda(channels, filters, stride, point, side):
 @on_kernels
 def test_no_samples_as_torch_convolution():
     problem = Problem(2, 1, (3, 3), 16, 16, 1, torch.float32)
-    assert problem.weights().convolve(problem.x[:, :0].contiguous(), relu=True).shape == (2, 0, 3, 3, 16)
+    assert problem.weights("triton").convolve(problem.x[:, :0].contiguous(), relu=True).shape == (2, 0, 3, 3, 16)
 
 
 def test_changed_weights_are_taken_over(monkeypatch):
     monkeypatch.setattr(convolution, "_launch", lambda x, taps, *_, **__: taps)
     problem = Problem(2, 1, (3, 3), 16, 32, 1, torch.float32)
-    weights = problem.weights()
+    weights = problem.weights("triton")
     problem.weight[1, 5, 2, 0, 3] = 7.0
     weights.refresh()
     assert weights.convolve(problem.x, relu=False)[1, 6, 3, 5] == 7.0
+
+
+@on_native
+@pytest.mark.parametrize("stride", [1, 2])
+def test_changed_weights_are_taken_over_on_the_cpu(stride):
+    problem = Problem(2, 2, (5, 6), 16, 32, stride, torch.float32)
+    weights = problem.weights("cpu")
+    problem.weight.mul_(-2.0)
+    weights.refresh()
+    out = weights.convolve(problem.x, relu=False)
+    torch.testing.assert_close(out.double(), problem.right_output(False, False), rtol=1e-4, atol=1e-4)
+    grad = weights.input_gradient(problem.grad, 5, 6)
+    torch.testing.assert_close(grad.double(), problem.right_gradient(False, False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [16, 32, 64])
@@ -172,6 +285,7 @@ def test_packed_weights_are_the_operands_of_the_matrix_instruction(channels, fil
             {"weights": torch.zeros(2, 16, 3, 3, 3)},
             r"channels and filters must be of \(16, 32, 64, 128\), got 3 and 16",
         ),
+        ({"weights": torch.zeros(2, 24, 3, 3, 16), "kernel": "cpu"}, "must be multiples of 16, got 16 and 24"),
         ({"weights": torch.zeros(2, 16, 9, 16)}, r"weights must be \(M, F, 3, 3, C\)"),
         ({"weights": torch.zeros(2, 16, 3, 16, 3).transpose(3, 4)}, "contiguous"),
         ({"bias": torch.zeros(16)}, r"bias must be \(2, 16\), contiguous, got \(16,\)"),
@@ -179,7 +293,7 @@ def test_packed_weights_are_the_operands_of_the_matrix_instruction(channels, fil
     ],
 )
 def test_bad_weights_are_refused(change, message):
-    arguments = {"weights": torch.zeros(2, 16, 3, 3, 16), "bias": torch.zeros(2, 16), "stride": 1}
+    arguments = {"weights": torch.zeros(2, 16, 3, 3, 16), "bias": torch.zeros(2, 16), "stride": 1, "kernel": "triton"}
     with pytest.raises(ValueError, match=message):
         MemberWeights(**arguments | change)
 
@@ -198,6 +312,6 @@ def test_bad_weights_are_refused(change, message):
     ],
 )
 def test_bad_inputs_are_refused(x, residual, message):
-    weights = MemberWeights(torch.zeros(2, 16, 3, 3, 16), torch.zeros(2, 16), 1)
+    weights = MemberWeights(torch.zeros(2, 16, 3, 3, 16), torch.zeros(2, 16), 1, kernel="triton")
     with pytest.raises(ValueError, match=message):
         weights.convolve(x, residual, relu=True)

@@ -145,7 +145,8 @@ def test_scale_gradients(compile_launches):
 @pytest.mark.parametrize(("channels", "filters", "stride"), [(16, 16, 1), (32, 64, 2)])
 def test_member_convolution(compile_launches, channels, filters, stride, backward):
     bf16 = {"dtype": torch.bfloat16}
-    weights = MemberWeights(torch.zeros(3, filters, 3, 3, channels, **bf16), torch.zeros(3, filters, **bf16), stride)
+    tensors = torch.zeros(3, filters, 3, 3, channels, **bf16), torch.zeros(3, filters, **bf16)
+    weights = MemberWeights(*tensors, stride, kernel="triton")
     x = torch.zeros(3, 4, 8, 8, channels, **bf16)
     out = torch.zeros(3, 4, 8 // stride, 8 // stride, filters, **bf16)
     if backward:

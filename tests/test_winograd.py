@@ -221,8 +221,18 @@ def images() -> Tensor:
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet20()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits if bool(logits.isfinite().all()) else torch.zeros_like(logits)
+
+
 def test_attacks_and_training_use_it_and_verdicts_do_not(calls):
-    ens, x = ensemble().eval(), images()
+    ens, x = ensemble("loop+channels_last+winograd").eval(), images()
     ens(x)
     assert not calls
     PGD(eps=0.1, alpha=0.05, steps=1)(ens, x, torch.zeros(4, dtype=torch.int64))
@@ -230,8 +240,14 @@ def test_attacks_and_training_use_it_and_verdicts_do_not(calls):
     ens.train()(x)
     assert len(calls) == 4 * 16
     calls.clear()
-    PGD(eps=0.1, alpha=0.05, steps=1)(resnet20().eval(), x, torch.zeros(4, dtype=torch.int64))
-    assert len(calls) == 16  # a plain module too
+    PGD(eps=0.1, alpha=0.05, steps=1)(Branching().eval(), x, torch.zeros(4, dtype=torch.int64))
+    assert len(calls) == 16  # a plain module too, if it cannot be fused
+    calls.clear()
+    fused = ensemble().eval()
+    fused(x)
+    assert not calls
+    fused.train()(x)
+    assert len(calls) == 2 * 16  # training does where attacks are fused
 
 
 def test_a_backend_without_it_is_obeyed(calls):

@@ -67,6 +67,7 @@ class Ensemble(nn.Module):
         self.captures = Captures()  # of attacks on a view
         self._graphs = GraphedCalls()
         self._fused: list[tuple[list[int], FusedMembers]] | None = None
+        self._not_fusable = False
 
     def execution(self, device: torch.device, training: bool | None = None) -> Execution:
         """How the members run on inputs on `device`, in the ensemble's present mode or the one given."""
@@ -88,7 +89,8 @@ class Ensemble(nn.Module):
 
     def convolutions(self, execution: Execution, device: torch.device) -> AbstractContextManager[object]:
         """A `with` block in which members convolve as that execution says; as torch does where this is a judge."""
-        return winograd_convolutions(execution.winograd and (self.training or self.is_view), device)
+        wanted = execution.winograd or (execution.members == "fused" and device.type == "cpu")
+        return winograd_convolutions(wanted and (self.training or self.is_view), device)
 
     def member_logits(self, x: Tensor, per_member: bool | None = None) -> Tensor:
         """Logits of every member, (M, B, K), in member order.
@@ -124,7 +126,9 @@ class Ensemble(nn.Module):
     def _run(self, execution: Execution, x: Tensor, *, per_member: bool) -> Tensor:
         count = len(self.members)
         if execution.members == "fused" and self.is_view:
-            return self._run_fused(x, per_member)
+            logits = self._run_fused(x, per_member)
+            if logits is not None:
+                return logits
         if execution.members != "vmap":
             rows = x.unbind(0) if per_member else [x] * count
             with self.convolutions(execution, x.device):
@@ -142,11 +146,14 @@ class Ensemble(nn.Module):
 
     def _run_each(self, execution: Execution, rows: Sequence[Tensor]) -> list[Any]:
         members: Sequence[Callable[..., Any]] = self._compiled_members() if execution.compile else list(self.members)
-        if execution.members in ("streams", "fused"):
+        if execution.members == "streams" or (execution.members == "fused" and rows[0].is_cuda):
             return run_in_streams(members, rows)
         return [member(row) for member, row in zip(members, rows, strict=True)]
 
-    def _run_fused(self, x: Tensor, per_member: bool) -> Tensor:
+    def _run_fused(self, x: Tensor, per_member: bool) -> Tensor | None:
+        """None where "auto" has to run them another way."""
+        if self._not_fusable or x.numel() == 0:
+            return None
         sample = x[:1, 0] if per_member else x[:1]
         outputs: dict[int, Tensor] = {}
         try:
@@ -157,7 +164,10 @@ class Ensemble(nn.Module):
                 rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
                 outputs.update(zip(indices, fused(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
         except NotFusableError as error:
-            raise RuntimeError(f"backend {self.backend!r} cannot run the members: {error}") from error
+            if self.backend != AUTO:
+                raise RuntimeError(f"backend {self.backend!r} cannot run the members: {error}") from error
+            self._not_fusable = True
+            return None
         return _stack_logits([outputs[index] for index in range(len(self.members))])
 
     def _compiled_members(self) -> list[Callable[..., Any]]:
@@ -188,6 +198,7 @@ class Ensemble(nn.Module):
             "captures": Captures(),
             "_graphs": GraphedCalls(),
             "_fused": None,
+            "_not_fusable": False,
         }
         return {**self.__dict__, **fresh}
 

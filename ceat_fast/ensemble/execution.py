@@ -21,8 +21,9 @@ class Execution:
 
     Args:
         members: "loop" runs one after the other; "streams" each on a CUDA stream of its own; "vmap" members of one
-            architecture as one batched module; "fused", on CUDA with Triton, as "streams" in training, but attacked
-            views of one architecture as one network whose convolutions take addition and ReLU along; in channels_last.
+            architecture as one batched module; "fused", on CUDA with Triton or on the CPU: attacked views of one
+            architecture as one network whose convolutions take addition and ReLU along, in channels_last; in training
+            as "streams" on CUDA, as "loop+channels_last+winograd" on the CPU.
         channels_last: image batches (B, C, H, W), and the weights of an attacked view, in that memory format.
         compile: through torch.compile.
         graph: on CUDA, replay the frozen view's forward and backward as CUDA graphs, or all steps of a search whose
@@ -79,11 +80,10 @@ def default_execution(device: torch.device) -> Execution:
     """What "auto" takes where nothing was measured.
 
     On a GPU streams in channels_last were the fastest way through torch's own kernels, in attacks and in training. On a
-    CPU there is nothing to run side by side; its convolutions are faster in channels_last, and faster still by the
-    Winograd kernel, where that was built.
+    CPU our own kernels are the fastest, where they were built.
     """
     if device.type == "cuda":
         return Execution("streams", channels_last=True)
     if device.type != "cpu":
         return Execution("vmap")
-    return Execution("loop", channels_last=True, winograd=winograd.missing() is None)
+    return Execution("fused") if winograd.missing() is None else Execution("loop", channels_last=True)

@@ -15,6 +15,8 @@ from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError
+from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
+from ceat_fast.ops import winograd
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 BN_MODES = ("eval", "batch")
@@ -123,7 +125,7 @@ class _View:
         for (_, part), folded in zip(_parts(model), self._copies, strict=True):
             if folded is not None:
                 folded.refresh(part)
-        if isinstance(self.module, Ensemble):
+        if isinstance(self.module, Ensemble | _FullPrecision):
             self.module.weights_changed()
 
 
@@ -158,7 +160,7 @@ def _memory_format(model: nn.Module) -> torch.memory_format:
 
 def _assemble(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module:
     if type(model) is not Ensemble:
-        return _Winograd(modules[0]) if dtype is None else _LowPrecision(modules[0], dtype)
+        return _FullPrecision(modules[0]) if dtype is None else _LowPrecision(modules[0], dtype)
     if dtype is None:
         view = Ensemble(modules, model.backend, model.average)
     else:
@@ -169,18 +171,31 @@ def _assemble(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype
     return view
 
 
-class _Winograd(nn.Module):
-    """A module whose convolutions are those of the default execution."""
+class _FullPrecision(nn.Module):
+    """A module that computes with our kernels on a CPU, where they were built and take it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.training = False
+        self._fused: FusedMembers | None = None
+        self._is_fusable = winograd.missing() is None
 
     def forward(self, x: Tensor) -> Tensor:
-        with winograd_convolutions(default_execution(x.device).winograd, x.device):
+        on_cpu = x.device.type == "cpu" and winograd.missing() is None
+        if on_cpu and self._is_fusable and x.numel():
+            try:
+                self._fused = self._fused or FusedMembers([self.module], x[:1])
+                return self._fused(x)
+            except NotFusableError:
+                self._is_fusable = False
+        with winograd_convolutions(on_cpu, x.device):
             logits: Tensor = self.module(x)
         return logits
+
+    def weights_changed(self) -> None:
+        if self._fused is not None:
+            self._fused.refresh()
 
 
 class _LowPrecision(nn.Module):

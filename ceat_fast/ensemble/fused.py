@@ -2,7 +2,8 @@
 
 The members lie along the batch: (M * B, C, H, W), channels last. What treats samples alike (pooling, additions) runs on
 it as it is. A 3x3 or 1x1 convolution becomes one of all members, which takes the addition and the ReLU behind it along;
-any other module with tensors of its own is vmapped over the members. torch.fx finds them.
+any other module with tensors of its own is vmapped over the members on a GPU, and called for one after the other on a
+CPU. torch.fx finds them.
 
 The gradient for the input goes the same way back: one launch for each convolution, which adds what the convolution's
 input has of gradient from elsewhere, and applies the ReLU that the input came out of. Other operations are autograd's.
@@ -18,7 +19,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call, stack_module_state
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
@@ -28,7 +28,8 @@ from ceat_fast.ops.convolution import MemberWeights
 
 _RELUS = {"call_function": (F.relu, torch.relu, torch.relu_), "call_method": ("relu", "relu_")}
 _ADDITIONS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
-# How far fused and separate outputs may lie apart, relative to the largest: roundings, and those of TF32 for fp32.
+_TRACES = 3
+# How far fused and separate outputs may lie apart on a GPU, relative to the largest: roundings, for fp32 those of TF32.
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.01}
 
 Kinds = Mapping[fx.Node, type[nn.Module]]  # of the nodes that call a module
@@ -54,20 +55,15 @@ class FusedMembers:
     """
 
     def __init__(self, members: Sequence[nn.Module], sample: Tensor) -> None:
-        reason = convolution.missing(sample.device.type)
+        reason = convolution.missing(sample.device.type, sample.dtype)
         if reason is not None:
             raise NotFusableError(reason)
         self.members = list(members)
         self._proved = False
-        try:
-            graph = _Tracer().trace(members[0])
-        except Exception as error:  # whatever a forward does with the tracer's proxies
-            raise NotFusableError(f"torch.fx cannot trace the forward ({type(error).__name__})") from error
+        graph = _trace(members[0], sample)
         own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
         if own is not None:
             raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
-        with torch.no_grad():
-            ShapeProp(fx.GraphModule(members[0], graph)).propagate(sample)
         self.program = _Program(graph, self.members)
 
     def refresh(self) -> None:
@@ -85,15 +81,25 @@ class FusedMembers:
         if not self._proved and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._prove(x.detach())
             self._proved = True
-        logits: Tensor = _Fused.apply(x, self.program)
+        logits: Tensor = _Fused.apply(x, self)
         return logits
+
+    def plainly(self, x: Tensor) -> Tensor:
+        """The same by the members themselves."""
+        parts = x.chunk(len(self.members))
+        return torch.cat([member(part) for member, part in zip(self.members, parts, strict=True)])
 
     @torch.no_grad()
     def _prove(self, x: Tensor) -> None:
-        right = torch.cat([member(part) for member, part in zip(self.members, x.chunk(len(self.members)), strict=True)])
-        fused = self.program.run(x)
+        # Members that see the same would not show that samples of one reach another.
+        rows = [part * (1 - 0.1 * m) for m, part in enumerate(x.chunk(len(self.members)))]
+        outputs = [member(part) for member, part in zip(self.members, rows, strict=True)]
+        if any(not isinstance(output, Tensor) or output.dim() != 2 for output in outputs):
+            raise NotFusableError("the forward does not return logits (B, K)")
+        right, fused = torch.cat(outputs), self.program.run(torch.cat(rows))
+        bound = _TOLERANCE[x.dtype] if x.is_cuda else 1e-3
         # Not a comparison the other way round: NaN in both is none of this check's business.
-        if fused.shape != right.shape or (fused - right).abs().max() > _TOLERANCE[x.dtype] * right.abs().max():
+        if fused.shape != right.shape or (fused - right).abs().max() > bound * right.abs().max():
             raise NotFusableError("the forward does not treat every sample by itself")
 
 
@@ -107,7 +113,9 @@ class MemberConvolution:
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         first = layers[0]
         self.members, self.channels = len(layers), first.in_channels
-        size = self.members, first.out_channels, 3, 3, _width(first.in_channels)
+        width = convolution.width(first.in_channels, first.weight.device.type)
+        assert width is not None
+        size = self.members, first.out_channels, 3, 3, width
         storage, biases = first.weight.new_zeros(size), first.weight.new_zeros(size[:2])
         point = first.kernel_size == (1, 1)
         middle = slice(1, 2) if point else slice(None)
@@ -116,21 +124,27 @@ class MemberConvolution:
             layer.weight.data = own.copy_(layer.weight)
             if layer.bias is not None:
                 layer.bias.data = bias.copy_(layer.bias)
-        self.weights = MemberWeights(storage, biases, first.stride[0], point)
+        self.weights = MemberWeights(storage, biases, first.stride[0], point, inputs=first.in_channels)
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last."""
+        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last.
+
+        Raises:
+            RuntimeError: x has not C channels.
+        """
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
         skip = None if residual is None else self._rows(residual)
-        return _images(self.weights.convolve(self._filled(x), skip, relu=relu))
+        return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
 
     def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         """See `MemberWeights.input_gradient`; `like` is the input."""
-        others = [None if t is None else self._filled(t) for t in (residual, gate)]
+        others = [None if t is None else self._filled(t, self.weights.channels) for t in (residual, gate)]
         rows = self.weights.input_gradient(self._rows(grad), *like.shape[2:], *others)
         return _images(rows)[:, : self.channels]
 
-    def _filled(self, x: Tensor) -> Tensor:
-        missing = self.weights.channels - self.channels
+    def _filled(self, x: Tensor, width: int) -> Tensor:
+        missing = width - x.shape[1]
         return self._rows(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -138,10 +152,21 @@ class MemberConvolution:
 
 
 class MemberModule:
-    """A module of every member, vmapped: (M * B, ...) -> (M * B, ...)."""
+    """A module of every member: (M * B, ...) -> (M * B, ...)."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.count, self._first = len(modules), modules[0]
+        self.modules = modules
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        rows = zip(self.modules, *(_by_member(x, len(self.modules)) for x in inputs), strict=True)
+        return torch.cat([module(*own) for module, *own in rows])
+
+
+class VmappedModule(MemberModule):
+    """The same in one call. The members' own tensors become views into storage of all."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules)
         parameters, buffers = stack_module_state(list(modules))
         self._stacks = {**{name: stack.detach() for name, stack in parameters.items()}, **buffers}
         named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in modules]
@@ -151,9 +176,9 @@ class MemberModule:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
-            return functional_call(self._first, tensors, own)
+            return functional_call(self.modules[0], tensors, own)
 
-        output: Tensor = torch.vmap(call)(self._stacks, *(_by_member(x, self.count) for x in inputs))
+        output: Tensor = torch.vmap(call)(self._stacks, *(_by_member(x, len(self.modules)) for x in inputs))
         return output.flatten(0, 1)
 
 
@@ -223,18 +248,33 @@ class _Program:
     def run(self, x: Tensor, record: _Record | None = None) -> Tensor:
         """The network's output; `record` keeps what its gradient needs."""
         values: Values = {self._input: x}
+        left = Counter(self._uses)
         for step in self.steps:
             if isinstance(step, _Convolution):
                 residual = None if step.residual is None else values[step.residual]
                 values[step.output] = step.layer(values[step.x], residual, step.relu)
+                if record is not None and not record.attached.isdisjoint(step.inputs):
+                    record.attached.add(step.output)
             elif record is None:
                 values[step.output] = step.run(values)
             else:
                 values[step.output] = record.run(step, values)
-        if record is not None:
-            record.values = values
+            for node in step.inputs if record is None else ():
+                left[node] -= 1
+                if not left[node]:
+                    del values[node]
         logits: Tensor = values[self._output]
+        if record is not None:
+            # What autograd returns refers to its node and so to the record, which must not refer to it.
+            record.values = values | {self._output: logits.detach()}
         return logits
+
+    def new_record(self) -> _Record:
+        return _Record(self._input)
+
+    def is_differentiable(self, record: _Record) -> bool:
+        """Whether the output of that run depends on the input in a way that autograd knows."""
+        return self._output in record.attached
 
     def input_gradient(self, grad: Tensor, record: _Record) -> Tensor:
         """The gradient for the input, of the run that was recorded."""
@@ -253,24 +293,34 @@ class _Program:
 
 
 class _Record:
-    """What a run keeps for its gradient: all values, and how autograd made those that are no convolution's."""
+    """What a run keeps for its gradient: all values, and how autograd made those that are no convolution's.
 
-    def __init__(self) -> None:
+    Attributes:
+        attached: the values that depend on the input in a way that autograd knows.
+    """
+
+    def __init__(self, entry: fx.Node) -> None:
         self.values: Values = {}
+        self.attached = {entry}
         self._made: dict[fx.Node, tuple[dict[fx.Node, Tensor], Any]] = {}
 
     def run(self, step: _Operation, values: Values) -> Any:
         with torch.enable_grad():
-            leaves = {n: values[n].detach().requires_grad_() for n in step.inputs if _is_differentiable(values[n])}
+            leaves = {node: values[node].detach().requires_grad_() for node in step.inputs if node in self.attached}
             output = step.run(values | leaves)
         self._made[step.output] = leaves, output
-        return output.detach() if isinstance(output, Tensor) else output
+        if not isinstance(output, Tensor):
+            return output
+        if output.requires_grad:
+            self.attached.add(step.output)
+        return output.detach()
 
     def gradients(self, step: _Operation, outer: Tensor) -> dict[fx.Node, Tensor | None]:
         leaves, output = self._made[step.output]
         if not leaves or not output.requires_grad:
             return {}
-        found = torch.autograd.grad(output, list(leaves.values()), outer, allow_unused=True)
+        # The caller may ask again, as with retain_graph=True.
+        found = torch.autograd.grad(output, list(leaves.values()), outer, allow_unused=True, retain_graph=True)
         return dict(zip(leaves, found, strict=True))
 
 
@@ -318,14 +368,25 @@ class _Gradients:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, program: _Program) -> Tensor:
-        ctx.program, ctx.record = program, _Record() if ctx.needs_input_grad[0] else None
-        return program.run(x, ctx.record)
+    def forward(ctx: Any, x: Tensor, members: FusedMembers) -> Tensor:
+        program = members.program
+        if not ctx.needs_input_grad[0]:
+            return program.run(x)
+        ctx.members, ctx.record = members, program.new_record()
+        ctx.save_for_backward(x)
+        logits = program.run(x, ctx.record)
+        if not program.is_differentiable(ctx.record):
+            ctx.mark_non_differentiable(logits)
+        return logits
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.program.input_gradient(grad, ctx.record), None
+        if not torch.is_grad_enabled():
+            return ctx.members.program.input_gradient(grad, ctx.record), None
+        # Gradients of gradients are torch's.
+        (x,) = ctx.saved_tensors
+        (again,) = torch.autograd.grad(ctx.members.plainly(x), x, grad, create_graph=True)
+        return again, None
 
 
 class _Tracer(fx.Tracer):
@@ -333,6 +394,37 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return bool(m._parameters or m._buffers) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
+    """What the forward computes, with the shapes for that sample.
+
+    Numbers that it draws in Python would be constants in the graph: several traces have to agree.
+    """
+    try:
+        graph, *others = (_Tracer().trace(module) for _ in range(_TRACES))
+    except Exception as error:  # whatever a forward does with the tracer's proxies
+        raise NotFusableError(f"torch.fx cannot trace the forward ({type(error).__name__})") from error
+    if any(str(other) != str(graph) for other in others):
+        raise NotFusableError("the forward is another one every time")
+    if not isinstance(next(node for node in graph.nodes if node.op == "output").args[0], fx.Node):
+        raise NotFusableError("the forward does not return logits (B, K)")
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        raise NotFusableError("the forward takes more than the images")
+    _without_identities(graph, module)
+    with torch.no_grad():
+        module(sample)  # an input that is wrong for it says so here, in its own words
+        ShapeProp(fx.GraphModule(module, graph)).propagate(sample)
+    return graph
+
+
+def _without_identities(graph: fx.Graph, module: nn.Module) -> None:
+    """Drop the calls of what folding put in the place of BatchNorm."""
+    for node in list(graph.nodes):
+        is_module = node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity
+        if is_module and len(node.all_input_nodes) == 1:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
 
 
 def _steps(
@@ -365,7 +457,8 @@ def _steps(
         tied |= own
         convolutions = [layer for layer in layers if _suits(layer)]
         if not convolutions:
-            steps.append(_Operation(node, MemberModule(layers)))
+            on_cpu = all(tensor.device.type == "cpu" for tensor in (*layers[0].parameters(), *layers[0].buffers()))
+            steps.append(_Operation(node, MemberModule(layers) if on_cpu else VmappedModule(layers)))
             continue
         chain, residual, relu = _with_epilogue(node, kinds, last_of)
         step = _Convolution(chain[-1], MemberConvolution(convolutions), node.all_input_nodes[0], residual, relu)
@@ -403,13 +496,9 @@ def _suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         and (layer.kernel_size, layer.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
         and layer.stride in ((1, 1), (2, 2))
         and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
-        and layer.in_channels <= max(convolution.WIDTHS)
-        and layer.out_channels in convolution.WIDTHS
+        and convolution.width(layer.in_channels, layer.weight.device.type) is not None
+        and convolution.width(layer.out_channels, layer.weight.device.type) == layer.out_channels
     )
-
-
-def _width(channels: int) -> int:
-    return next(width for width in convolution.WIDTHS if width >= channels)
 
 
 def _with_epilogue(
@@ -420,8 +509,7 @@ def _with_epilogue(
     An addition of two convolutions belongs to the first: it is `taken` when the second comes.
     """
     chain, residual, relu = [node], None, False
-    while (user := _only_user(chain[-1])) is not None and kinds.get(user) is nn.Identity:
-        chain.append(user)
+    user = _only_user(node)
     if user is not None and user not in taken and _calls(user, _ADDITIONS) and len(user.args) == 2 and not user.kwargs:
         other = user.args[1] if user.args[0] is chain[-1] else user.args[0]
         if isinstance(other, fx.Node) and other is not chain[-1] and _shape(other) == _shape(node):

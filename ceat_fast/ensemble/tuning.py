@@ -133,7 +133,7 @@ def candidates(device: torch.device, kind: str, captured: bool = False) -> list[
     """The executions without torch.compile that exist on `device`; graphs of attacks, unless the step is one."""
     ways = [Execution("loop"), Execution("loop", channels_last=True), Execution("vmap")]
     if device.type == "cpu" and winograd.missing() is None:
-        ways.append(Execution("loop", channels_last=True, winograd=True))
+        ways += [Execution("loop", channels_last=True, winograd=True), *[Execution("fused")] * (kind == "attack")]
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
         if kind == "attack" and triton_backend.missing("cuda") is None:
@@ -148,7 +148,8 @@ def _measure(kind: str, ensemble: Ensemble, x: Tensor, work: Work) -> dict[str, 
     compiled_measured = bool(times) and min(times.values()) * work.count(kind) > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))
-        contenders = [best, replace(best, compile=True, winograd=False)]
+        layers = "loop" if best.members == "fused" else best.members
+        contenders = [best, Execution(layers, best.channels_last or best.members == "fused", compile=True)]
         times_again, failed_again = _race(kind, ensemble, x, work, contenders)
         times, failed = times | times_again, failed | failed_again
     if not times and kind == "attack":

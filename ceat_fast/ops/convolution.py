@@ -1,8 +1,11 @@
-"""3x3 convolutions of all members in one launch, with what follows them, for attacks on frozen members.
+"""3x3 and 1x1 convolutions of all members in one call, with what follows them, for attacks on frozen members.
 
 cuDNN takes 86 us for the three convolutions of 16 channels that a batch of 128 CIFAR images needs on an H100, one after
-the other, and its grouped convolution falls back to direct kernels. Two kernels stand in for it: a CUDA one in bf16 for
-up to 64 channels (csrc/cuda/convolution.cu), and a Triton one for every other type and width.
+the other, and its grouped convolution falls back to direct kernels. Three kernels stand in for libraries:
+
+* "cuda": in bf16, up to 64 channels (csrc/cuda/convolution.cu);
+* "triton": on a GPU, every other type and up to 128 channels;
+* "cpu": in fp32, Winograd's F(4x4, 3x3) for stride 1, the definition for all else (csrc/cpu).
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ceat_fast.ops import native, triton_backend
+from ceat_fast.ops.winograd import CHANNEL_BLOCK, filters_at_points
 
-WIDTHS = (16, 32, 64, 128)  # channels and filters: sides of the tiles that matrix units multiply
-_NATIVE_WIDTHS = (16, 32, 64)
+WIDTHS = (16, 32, 64, 128)  # channels and filters on a GPU: sides of the tiles that matrix units multiply
+_CUDA_WIDTHS = (16, 32, 64)
 _TAPS = 9
 _MIDDLE = 4
 _BLOCK = {16: 128}  # output pixels of one Triton program, by channels
-_STRIDE_1, _STRIDE_2, _TRANSPOSED_2 = range(3)  # how the CUDA kernel finds the taps of a pixel
+_STRIDE_1, _STRIDE_2, _TRANSPOSED_2 = range(3)  # how the native kernels find the taps of a pixel
 
 SIGNATURE = (
     "(Tensor x, Tensor weights, Tensor? bias, Tensor? residual, Tensor? gate, int filters, int out_height, "
@@ -38,57 +42,94 @@ torch.library.register_fake("ceat_fast::member_convolution_native", _fake)
 _convolve = torch.ops.ceat_fast.member_convolution_native.default
 
 
-def missing(device_type: str) -> str | None:
-    """None where one of the kernels runs for every type, else the reason in one line."""
-    return triton_backend.missing(device_type)
+def missing(device_type: str, dtype: torch.dtype) -> str | None:
+    """None where one of the kernels runs for this type, else the reason in one line."""
+    if device_type != "cpu":
+        return triton_backend.missing(device_type)
+    if dtype != torch.float32:
+        return f"the kernels for the CPU are for torch.float32, not for {dtype}"
+    return native.missing("cpu")
+
+
+def width(channels: int, device_type: str) -> int | None:
+    """Channels of the narrowest kernel that takes so many; None if all are narrower."""
+    if device_type == "cpu":
+        return -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
+    return next((width for width in WIDTHS if width >= channels), None)
 
 
 class MemberWeights:
     """Weights and biases of one convolution of M members, as the kernels read them.
 
     Args:
-        weights: (M, F, 3, 3, C), contiguous; F and C are of `WIDTHS`.
+        weights: (M, F, 3, 3, C), contiguous; F and C are widths of a kernel, see `width`.
         bias: (M, F).
         stride: 1 or 2; the padding is 1.
         point: only the middle tap is not 0.
+        inputs: weights are 0 for all channels from this one on; x then need not have them where `channels_in` says so.
+        kernel: "cuda", "triton" or "cpu"; by default the fastest for such weights.
 
     Who changes them in place calls `refresh` before the next convolution.
+
+    Attributes:
+        channels_in: channels that `convolve` wants of x: C, but on a CPU just those that matter.
 
     Raises:
         ValueError: shapes, widths or strides that the kernels cannot take.
     """
 
-    def __init__(self, weights: Tensor, bias: Tensor, stride: int, point: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        bias: Tensor,
+        stride: int,
+        point: bool = False,
+        *,
+        inputs: int | None = None,
+        kernel: str | None = None,
+    ) -> None:
         if weights.dim() != 5 or weights.shape[2:4] != (3, 3) or not weights.is_contiguous():
             raise ValueError(f"weights must be (M, F, 3, 3, C), contiguous, got {tuple(weights.shape)}")
         self.members, self.filters, _, _, self.channels = weights.shape
-        if self.channels not in WIDTHS or self.filters not in WIDTHS:
-            raise ValueError(f"channels and filters must be of {WIDTHS}, got {self.channels} and {self.filters}")
+        self.kernel = kernel or _fastest(weights)
+        device_type = "cpu" if self.kernel == "cpu" else "cuda"
+        if any(width(count, device_type) != count for count in (self.channels, self.filters)):
+            allowed = f"multiples of {CHANNEL_BLOCK}" if device_type == "cpu" else f"of {WIDTHS}"
+            raise ValueError(f"channels and filters must be {allowed}, got {self.channels} and {self.filters}")
         if bias.shape != weights.shape[:2] or not bias.is_contiguous():
             raise ValueError(f"bias must be {tuple(weights.shape[:2])}, contiguous, got {tuple(bias.shape)}")
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
         self.bias, self.stride, self.point = bias, stride, point
+        self.channels_in = (inputs or self.channels) if self.kernel == "cpu" else self.channels
         self.taps = weights.flatten(2, 3).permute(0, 2, 3, 1)  # (M, 9, C, F), a view
-        narrow = self.channels in _NATIVE_WIDTHS and self.filters in _NATIVE_WIDTHS
-        self._is_native = narrow and weights.dtype == torch.bfloat16 and native.missing(weights.device.type) is None
-        self._is_native = self._is_native and weights.is_cuda
         self.refresh()
 
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
-        if self._is_native:
-            taps = self.taps[:, _MIDDLE : _MIDDLE + 1] if self.point else self.taps
-            self._forward, self._backward = pack(taps), pack(taps.transpose(2, 3))
+        if self.kernel != "triton":
+            self._forward = self._packed(self.taps[:, :, : self.channels_in])
+            self._backward = self._packed(self.taps.transpose(2, 3), turned=True)
+
+    def _packed(self, taps: Tensor, *, turned: bool = False) -> Tensor:
+        """Matrices (M, 9, ., .) as the native kernel reads them; `turned` if for the gradient."""
+        if self.point:
+            taps = taps[:, _MIDDLE : _MIDDLE + 1]
+        if self.kernel == "cuda":
+            return pack(taps)
+        if self.stride == 1 and not self.point and taps.shape[2] % CHANNEL_BLOCK == 0:
+            taps = filters_at_points(taps.flip(1) if turned else taps)
+        blocks = taps.reshape(*taps.shape[:3], -1, CHANNEL_BLOCK)
+        return blocks.permute(0, 3, 1, 2, 4).contiguous()
 
     def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool) -> Tensor:
         """conv(x) + bias + residual, then perhaps ReLU: (M, B, H, W, C) -> (M, B, ceil(H / s), ceil(W / s), F).
 
-        Inputs are contiguous and of the weights' type; sums are in fp32 and rounded once.
+        x has `channels_in` channels. Inputs are contiguous and of the weights' type; sums are in fp32 and rounded once.
         """
         height, width = (-(-side // self.stride) for side in x.shape[2:4])
-        _check(x, residual, (self.members, x.shape[1], height, width, self.filters), self.channels, self.bias.dtype)
-        if self._is_native:
+        _check(x, residual, (self.members, x.shape[1], height, width, self.filters), self.channels_in, self.bias.dtype)
+        if self.kernel != "triton":
             direction = _STRIDE_1 if self.stride == 1 else _STRIDE_2
             sizes = self.filters, height, width, direction
             out: Tensor = _convolve(x, self._forward, self.bias, residual, None, *sizes, self.point, False, relu)
@@ -109,7 +150,7 @@ class MemberWeights:
         """
         shape = self.members, grad.shape[1], height, width, self.channels
         _check(grad, residual, shape, self.filters, self.bias.dtype)
-        if self._is_native:
+        if self.kernel != "triton":
             direction = _STRIDE_1 if self.stride == 1 else _TRANSPOSED_2
             sizes = self.channels, height, width, direction
             flipped = self.stride == 1
@@ -118,6 +159,14 @@ class MemberWeights:
         out = grad.new_empty(shape)
         taps = self.taps.transpose(2, 3)
         return _launch(grad, taps, out, self.stride, transposed=True, residual=residual, gate=gate)
+
+
+def _fastest(weights: Tensor) -> str:
+    if weights.device.type == "cpu":
+        return "cpu"
+    narrow = weights.shape[4] in _CUDA_WIDTHS and weights.shape[1] in _CUDA_WIDTHS
+    bf16 = weights.is_cuda and weights.dtype == torch.bfloat16
+    return "cuda" if narrow and bf16 and native.missing("cuda") is None else "triton"
 
 
 def pack(taps: Tensor) -> Tensor:

@@ -60,6 +60,24 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return _run(x, weight, bias, False)
 
 
+# G of the filter transform G g G^T (csrc/cpu/winograd.cpp), for points 0, 1, -1, 2, -2 and infinity.
+_G = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+
+def filters_at_points(taps: Tensor) -> Tensor:
+    """3x3 filters (M, 9, C, F) at the points of the transform: (M, 36, C, F)."""
+    g = torch.tensor(_G, dtype=taps.dtype, device=taps.device)
+    points = torch.kron(g, g) @ taps.flatten(2)
+    return points.view(*points.shape[:2], *taps.shape[2:])
+
+
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     output: Tensor = _convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, transposed)
     return output

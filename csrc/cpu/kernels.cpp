@@ -6,7 +6,7 @@
 // Before loss_math.h, whose templates call the vector functions.
 #include "tile.h"
 #include "vec.h"
-#include "winograd.h"
+#include "convolutions.h"
 //
 #include "../loss_math.h"
 
@@ -263,4 +263,4 @@ void run_scale_rows(const ScaleProblem& p, int64_t begin, int64_t end) {
 const ceat_cpu::Kernels ceat_cpu::CEAT_CONCAT(kernels_, CEAT_ISA) = {
     CEAT_STRING(CEAT_ISA), ceat::run_ceat_loss,  ceat::run_ensemble_cross_entropy,
     ceat::run_pgd_step,    ceat::run_scale_rows, ceat::transform_filters,
-    ceat::convolve_tiles};
+    ceat::convolve_tiles,  ceat::convolve_pixels};

@@ -75,18 +75,51 @@ struct FilterProblem {
   float* out;
 };
 
-// x (samples, height, width, channels), out (samples, height, width, filters), `filters_at_points` from FilterProblem.
+// What a convolution does to each sum: + bias[filter] + residual, ReLU, and 0 where `gate` is not positive. Each may be
+// missing (null or false); residual and gate are of the output's shape.
+struct Epilogue {
+  const float *bias, *residual, *gate;
+  bool relu;
+};
+
+// 3x3 with stride 1 and padding 1, of every member: x (members, samples, height, width, channels), out (members, samples,
+// height, width, filters), bias (members, filters), `filters_at_points` from a FilterProblem for each member.
 struct ConvolutionProblem {
-  const float *x, *filters_at_points, *bias;  // bias may be null
-  int64_t samples, height, width, channels, filters;
+  const float *x, *filters_at_points;
+  Epilogue epilogue;
+  int64_t members, samples, height, width, channels, filters;
   float* out;
 
   int64_t tiles_down() const { return (height + 3) / 4; }
   int64_t tiles_across() const { return (width + 3) / 4; }
   int64_t tiles() const { return samples * tiles_down() * tiles_across(); }
+  int64_t blocks() const { return (tiles() + kTileBlock - 1) / kTileBlock; }  // of one member
 };
 
-// Each call handles samples, elements, rows, blocks of filters or tiles [begin, end).
+// Output pixels that direct kernels compute at a time.
+constexpr int64_t kPixelBlock = 96;
+constexpr int kMaxTaps = 9;
+
+// Output pixels (first + step * i, i < count) along each axis that use the same taps of the filters, each at input pixel
+// in_step * i + offset.
+struct PixelGrid {
+  int64_t first[2], step, count[2], in_step;
+  int taps, tap[kMaxTaps], offset[kMaxTaps][2];
+};
+
+// Any taps and channels, by its definition: weights (members, filters / 16, taps, channels, 16).
+struct DirectProblem {
+  const float *x, *weights;
+  Epilogue epilogue;
+  int64_t members, samples, in_height, in_width, channels, out_height, out_width, filters, taps;
+  PixelGrid grid;
+  float* out;
+
+  int64_t pixels() const { return samples * grid.count[0] * grid.count[1]; }
+  int64_t blocks() const { return (pixels() + kPixelBlock - 1) / kPixelBlock; }  // of one member
+};
+
+// Each call handles samples, elements, rows, blocks of filters, or blocks of all members' tiles or pixels [begin, end).
 struct Kernels {
   const char* name;
   void (*ceat_loss)(const CeatProblem&, int64_t begin, int64_t end);
@@ -95,6 +128,7 @@ struct Kernels {
   void (*scale_rows)(const ScaleProblem&, int64_t begin, int64_t end);
   void (*transform_filters)(const FilterProblem&, int64_t begin, int64_t end);
   void (*convolve_tiles)(const ConvolutionProblem&, int64_t begin, int64_t end);
+  void (*convolve_pixels)(const DirectProblem&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_portable;

@@ -194,6 +194,18 @@ bool is_channels_last(const Tensor& x) {
   return dense;
 }
 
+// Runs the blocks of all members.
+void convolve(const ceat_cpu::ConvolutionProblem& p) {
+  in_parallel(
+      p.members * p.blocks(), ceat_cpu::kTileBlock * ceat_cpu::kTilePoints * p.channels * p.filters / 16,
+      [&](int64_t begin, int64_t end) { ceat_cpu::kernels().convolve_tiles(p, begin, end); }, 1);
+}
+void convolve(const ceat_cpu::DirectProblem& p) {
+  in_parallel(
+      p.members * p.blocks(), ceat_cpu::kPixelBlock * (p.grid.taps * p.channels + 16) * p.filters / 16,
+      [&](int64_t begin, int64_t end) { ceat_cpu::kernels().convolve_pixels(p, begin, end); }, 1);
+}
+
 Tensor winograd_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float && is_channels_last(x),
                   "x must be float32 images (B, C, H, W), dense in channels_last");
@@ -225,7 +237,8 @@ Tensor winograd_convolution(const Tensor& x, const Tensor& weight, const std::op
   const Tensor offset = bias ? dense(*bias) : out;
   const ceat_cpu::ConvolutionProblem problem{x.const_data_ptr<float>(),
                                              filter.out,
-                                             bias ? offset.const_data_ptr<float>() : nullptr,
+                                             {bias ? offset.const_data_ptr<float>() : nullptr, nullptr, nullptr, false},
+                                             1,
                                              samples,
                                              height,
                                              width,
@@ -235,10 +248,88 @@ Tensor winograd_convolution(const Tensor& x, const Tensor& weight, const std::op
   in_parallel(
       filters / ceat_cpu::kChannelBlock, ceat_cpu::kTilePoints * channels * ceat_cpu::kChannelBlock,
       [&](int64_t begin, int64_t end) { ceat_cpu::kernels().transform_filters(filter, begin, end); }, 1);
-  in_parallel(
-      problem.tiles(), ceat_cpu::kTilePoints * channels * filters / ceat_cpu::kChannelBlock,
-      [&](int64_t begin, int64_t end) { ceat_cpu::kernels().convolve_tiles(problem, begin, end); },
-      ceat_cpu::kTileBlock);
+  convolve(problem);
+  return out;
+}
+
+// How the taps of an output pixel are found: a convolution of stride 1 or 2, or the gradient of one of stride 2.
+enum Direction { kStride1 = 0, kStride2 = 1, kTransposed2 = 2 };
+
+// Output pixels (parity[0] + step i, parity[1] + step j), and the taps that reach them.
+ceat_cpu::PixelGrid pixel_grid(Direction direction, bool point, bool flipped, const int64_t (&size)[2],
+                               const int (&parity)[2]) {
+  ceat_cpu::PixelGrid grid{};
+  grid.step = direction == kTransposed2 ? 2 : 1;
+  grid.in_step = direction == kStride2 ? 2 : 1;
+  for (int axis = 0; axis < 2; ++axis) {
+    grid.first[axis] = parity[axis];
+    grid.count[axis] = (size[axis] - parity[axis] + grid.step - 1) / grid.step;
+  }
+  for (int tap = 0; tap < ceat_cpu::kMaxTaps; ++tap) {
+    int offset[2] = {tap / 3 - 1, tap % 3 - 1};
+    if (point && tap != ceat_cpu::kMaxTaps / 2) continue;
+    if (direction == kTransposed2) {
+      // Input i reaches output 2 i + offset.
+      const int twice[2] = {parity[0] - offset[0], parity[1] - offset[1]};
+      if (twice[0] % 2 != 0 || twice[1] % 2 != 0) continue;
+      for (int axis = 0; axis < 2; ++axis) offset[axis] = twice[axis] / 2;
+    }
+    grid.tap[grid.taps] = point ? 0 : flipped ? ceat_cpu::kMaxTaps - 1 - tap : tap;
+    for (int axis = 0; axis < 2; ++axis) grid.offset[grid.taps][axis] = offset[axis];
+    ++grid.taps;
+  }
+  return grid;
+}
+
+const float* floats_of(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes) {
+  if (!t) return nullptr;
+  bool fits = t->dim() == int64_t(sizes.size()) && t->scalar_type() == ScalarType::Float && t->is_contiguous();
+  for (int64_t i = 0; fits && i < t->dim(); ++i) fits = t->size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(fits, name, " must be contiguous float32 of the shape that x, weights and sizes give");
+  return t->const_data_ptr<float>();
+}
+
+// x (M, B, H, W, C); weights (M, F/16, P, C, 16): P = 36 filters at the points of winograd.cpp, 9 taps, or 1.
+Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t filters,
+                          int64_t out_height, int64_t out_width, int64_t direction, bool point, bool flipped, bool relu) {
+  STD_TORCH_CHECK(x.dim() == 5 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+                  "x must be contiguous float32 (M, B, H, W, C)");
+  const int64_t members = x.size(0), samples = x.size(1), height = x.size(2), width = x.size(3), channels = x.size(4);
+  const int64_t products = weights.dim() == 5 ? weights.size(2) : 0;
+  const bool by_points = products == ceat_cpu::kTilePoints;
+  const std::optional<Tensor> given = weights;
+  const float* packed = floats_of(given, "weights", {members, filters / 16, products, channels, ceat_cpu::kChannelBlock});
+  STD_TORCH_CHECK(filters > 0 && filters % ceat_cpu::kChannelBlock == 0, "filters must be a multiple of 16, got ",
+                  filters);
+  STD_TORCH_CHECK(by_points ? direction == kStride1 && !point && channels % ceat_cpu::kChannelBlock == 0
+                            : products == (point ? 1 : ceat_cpu::kMaxTaps),
+                  "weights have ", products, " products, which do not go with the direction or the channels");
+  STD_TORCH_CHECK(direction >= kStride1 && direction <= kTransposed2, "direction must be 0, 1 or 2, got ", direction);
+  const auto reached = [&](int64_t in) { return direction == kStride2 ? (in + 1) / 2 : in; };
+  STD_TORCH_CHECK(direction == kTransposed2 ? (out_height + 1) / 2 == height && (out_width + 1) / 2 == width
+                                            : reached(height) == out_height && reached(width) == out_width,
+                  "an output of ", out_height, " x ", out_width, " does not belong to an input of ", height, " x ", width);
+
+  const ceat_cpu::Epilogue epilogue{floats_of(bias, "bias", {members, filters}),
+                                    floats_of(residual, "residual", {members, samples, out_height, out_width, filters}),
+                                    floats_of(gate, "gate", {members, samples, out_height, out_width, filters}), relu};
+  Tensor out = empty(x, ScalarType::Float, {members, samples, out_height, out_width, filters});
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  if (by_points) {
+    convolve({from, packed, epilogue, members, samples, height, width, channels, filters, to});
+    return out;
+  }
+  const int parities = direction == kTransposed2 ? 2 : 1;
+  for (int y = 0; y < parities; ++y) {
+    for (int x_parity = 0; x_parity < parities; ++x_parity) {
+      const auto grid =
+          pixel_grid(Direction(direction), point, flipped, {out_height, out_width}, {y, x_parity});
+      convolve({from, packed, epilogue, members, samples, height, width, channels, out_height, out_width, filters,
+                products, grid, to});
+    }
+  }
   return out;
 }
 
@@ -250,4 +341,5 @@ STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
   m.impl("pgd_step_native", TORCH_BOX(&pgd_step));
   m.impl("scale_gradients_native", TORCH_BOX(&scale_gradients));
   m.impl("winograd_convolution_native", TORCH_BOX(&winograd_convolution));
+  m.impl("member_convolution_native", TORCH_BOX(&member_convolution));
 }

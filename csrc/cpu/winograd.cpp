@@ -1,4 +1,4 @@
-// 3x3 convolution with stride 1 and padding 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308).
+// 3x3 convolutions with stride 1 and padding 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308).
 //
 // A tile of 4x4 outputs depends on 6x6 inputs d. For every filter g and channel,
 //
@@ -9,12 +9,12 @@
 // The interpolation points are 0, 1, -1, 2, -2 and infinity.
 //
 // Compiled once per instruction set, with CEAT_ISA naming it. SIMD lanes hold channels or filters.
-#include "winograd.h"
+#include "convolutions.h"
 
 #include <algorithm>
 
+#include "epilogue.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace ceat {
 inline namespace CEAT_ISA {
@@ -26,9 +26,6 @@ using ceat_cpu::kTileBlock;
 using ceat_cpu::kTilePoints;
 
 constexpr int kLanesF = kLanes<float>;
-constexpr int kVectors = kChannelBlock / kLanesF;
-// Rows and vectors of the accumulators of one inner product: twelve registers of the sixteen that AVX2 has.
-constexpr int kRows = 12 / kVectors;
 constexpr int kIn = 6, kOut = 4, kTaps = 3;
 
 // out[i] = (B^T d)[i], i = 0..5.
@@ -96,13 +93,13 @@ void transform_filters(const FilterProblem& p, int64_t begin, int64_t end) {
   }
 }
 
-// Where tile `index` lies: the sample, and the pixel of its first output.
+// Where tile `index` of a member lies: the sample among those of all members, and the pixel of its first output.
 struct Place {
   int64_t sample, y, x;
 
-  Place(const ConvolutionProblem& p, int64_t index) {
+  Place(const ConvolutionProblem& p, int64_t member, int64_t index) {
     const int64_t across = p.tiles_across(), in_sample = p.tiles_down() * across;
-    sample = index / in_sample;
+    sample = member * p.samples + index / in_sample;
     y = index % in_sample / across * kOut;
     x = index % across * kOut;
   }
@@ -162,9 +159,9 @@ inline __attribute__((always_inline)) void multiply(const float* in, const float
 }
 
 // Sixteen filters of the tile, from their products at all points: in[point * point_stride + filter].
-inline void scatter_tile(const ConvolutionProblem& p, const Place& place, int64_t filter, const float* in,
-                         int64_t point_stride) {
-  float* out = p.out + ((place.sample * p.height + place.y) * p.width + place.x) * p.filters + filter;
+inline void scatter_tile(const ConvolutionProblem& p, const Place& place, int64_t filter, const float* bias,
+                         const float* in, int64_t point_stride) {
+  const int64_t corner = ((place.sample * p.height + place.y) * p.width + place.x) * p.filters + filter;
   const int64_t height = std::min<int64_t>(kOut, p.height - place.y),
                 width = std::min<int64_t>(kOut, p.width - place.x);
   for (int lane = 0; lane < kChannelBlock; lane += kLanesF) {
@@ -174,12 +171,15 @@ inline void scatter_tile(const ConvolutionProblem& p, const Place& place, int64_
       for (int i = 0; i < kIn; ++i) m[i] = load<VecF>(in + (i * kIn + j) * point_stride + lane);
       output_transform(m, half[j]);
     }
-    const VecF bias = p.bias != nullptr ? load<VecF>(p.bias + filter + lane) : VecF{};
+    const VecF offset = bias != nullptr ? load<VecF>(bias + filter + lane) : VecF{};
     for (int64_t i = 0; i < height; ++i) {
       const VecF row[kIn] = {half[0][i], half[1][i], half[2][i], half[3][i], half[4][i], half[5][i]};
       VecF at[kOut];
       output_transform(row, at);
-      for (int64_t j = 0; j < width; ++j) store(out + (i * p.width + j) * p.filters + lane, at[j] + bias);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t place_out = corner + (i * p.width + j) * p.filters + lane;
+        store(p.out + place_out, finish(p.epilogue, at[j] + offset, place_out));
+      }
     }
   }
 }
@@ -195,21 +195,24 @@ void convolve_tiles(const ConvolutionProblem& p, int64_t begin, int64_t end) {
   // Rows past the last tile are multiplied along and never stored.
   std::fill(inputs, inputs + kTilePoints * in_stride, 0.0f);
 
-  for (int64_t first = begin; first < end; first += kTileBlock) {
-    const int64_t count = std::min(kTileBlock, end - first);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t member = block / p.blocks(), first = block % p.blocks() * kTileBlock;
+    const int64_t count = std::min(kTileBlock, p.tiles() - first);
+    const float* all_filters = p.filters_at_points + member * kTilePoints * p.filters * p.channels;
+    const float* bias = p.epilogue.bias != nullptr ? p.epilogue.bias + member * p.filters : nullptr;
     for (int64_t t = 0; t < count; ++t) {
-      gather_tile(p, Place(p, first + t), zeros, in_stride, inputs + t * p.channels);
+      gather_tile(p, Place(p, member, first + t), zeros, in_stride, inputs + t * p.channels);
     }
     for (int64_t filter = 0; filter < p.filters; filter += kChannelBlock) {
       for (int64_t point = 0; point < kTilePoints; ++point) {
-        const float* filters = p.filters_at_points + (filter * kTilePoints + point * kChannelBlock) * p.channels;
+        const float* filters = all_filters + (filter * kTilePoints + point * kChannelBlock) * p.channels;
         for (int64_t t = 0; t < count; t += kRows) {
           multiply(inputs + point * in_stride + t * p.channels, filters, p.channels,
                    outputs + point * out_stride + t * kChannelBlock);
         }
       }
       for (int64_t t = 0; t < count; ++t) {
-        scatter_tile(p, Place(p, first + t), filter, outputs + t * kChannelBlock, out_stride);
+        scatter_tile(p, Place(p, member, first + t), filter, bias, outputs + t * kChannelBlock, out_stride);
       }
     }
   }
