@@ -217,6 +217,21 @@ class Drawing(Broadcast):
         return super().forward(x * random.uniform(0.9, 1.1))
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class OwnGradient(Broadcast):
+    def forward(self, x):
+        return super().forward(StraightThrough.apply(x))
+
+
 class Pair(Broadcast):
     def forward(self, x):
         return super().forward(x), x
@@ -230,6 +245,7 @@ class Pair(Broadcast):
         (OwnTensor, "the forward uses a tensor of the module itself, scale"),
         (BatchMean, "the forward does not treat every sample by itself"),
         (Drawing, "the forward is another one every time"),
+        (OwnGradient, "the forward has a gradient of its own making"),
         (Pair, r"the forward does not return logits \(B, K\)"),
         (Branching, r"torch.fx cannot trace the forward \(TraceError\)"),
     ],

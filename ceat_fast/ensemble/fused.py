@@ -31,6 +31,7 @@ _ADDITIONS = {"call_function": (operator.add, operator.iadd, torch.add), "call_m
 _TRACES = 3
 # How far fused and separate outputs may lie apart on a GPU, relative to the largest: roundings, for fp32 those of TF32.
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.01}
+_SAME_GRADIENT = 0.5  # relative: far above roundings, and below what another gradient would show
 
 Kinds = Mapping[fx.Node, type[nn.Module]]  # of the nodes that call a module
 Values = dict[fx.Node, Any]
@@ -87,20 +88,40 @@ class FusedMembers:
     def plainly(self, x: Tensor) -> Tensor:
         """The same by the members themselves."""
         parts = x.chunk(len(self.members))
-        return torch.cat([member(part) for member, part in zip(self.members, parts, strict=True)])
-
-    @torch.no_grad()
-    def _prove(self, x: Tensor) -> None:
-        # Members that see the same would not show that samples of one reach another.
-        rows = [part * (1 - 0.1 * m) for m, part in enumerate(x.chunk(len(self.members)))]
-        outputs = [member(part) for member, part in zip(self.members, rows, strict=True)]
+        outputs = [member(part) for member, part in zip(self.members, parts, strict=True)]
         if any(not isinstance(output, Tensor) or output.dim() != 2 for output in outputs):
             raise NotFusableError("the forward does not return logits (B, K)")
-        right, fused = torch.cat(outputs), self.program.run(torch.cat(rows))
+        return torch.cat(outputs)
+
+    def _prove(self, x: Tensor) -> None:
+        # Members that see the same would not show that samples of one reach another.
+        rows = torch.cat([part * (1 - 0.1 * m) for m, part in enumerate(x.chunk(len(self.members)))])
+        right, right_grad = _with_gradient(self.plainly, rows)
+        fused, grad = _with_gradient(lambda rows: _Fused.apply(rows, self), rows)
         bound = _TOLERANCE[x.dtype] if x.is_cuda else 1e-3
         # Not a comparison the other way round: NaN in both is none of this check's business.
         if fused.shape != right.shape or (fused - right).abs().max() > bound * right.abs().max():
             raise NotFusableError("the forward does not treat every sample by itself")
+        if _differs(grad, right_grad):
+            raise NotFusableError("the forward has a gradient of its own making")
+
+
+def _differs(grad: Tensor | None, right: Tensor | None) -> bool:
+    if grad is None or right is None:
+        return grad is not right
+    return bool((grad - right).norm() > _SAME_GRADIENT * right.norm())
+
+
+def _with_gradient(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(outputs, a gradient of theirs for the input or None)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        output = call(x)
+        if not output.requires_grad:
+            return output, None
+        outer = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+        (grad,) = torch.autograd.grad(output, x, outer, allow_unused=True)
+    return output.detach(), grad
 
 
 class MemberConvolution:
