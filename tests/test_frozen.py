@@ -281,3 +281,37 @@ def test_views_do_not_keep_models_alive():
         del model
         gc.collect()
         assert gone() is None
+
+
+def allocated_tensors(view: nn.Module) -> list[str]:
+    return [name for name, tensor in view.state_dict().items() if tensor.untyped_storage().size()]
+
+
+def test_a_view_takes_memory_only_while_it_is_in_use() -> None:
+    ensemble = Ensemble([digits_resnet() for _ in range(2)]).eval()
+    x = torch.rand(5, 1, 8, 8)
+    with frozen(ensemble) as view:
+        before = view(x)
+        with frozen(ensemble) as again:
+            assert again is view
+        assert allocated_tensors(view) == list(view.state_dict())  # the outer block uses it still
+    assert allocated_tensors(view) == []
+    for stale in (view, view.members[0]):
+        with pytest.raises(RuntimeError, match="outside of its `with` block"):
+            stale(x)
+    with frozen(ensemble) as view:
+        assert torch.equal(view(x), before)
+    with pytest.raises(ZeroDivisionError), frozen(ensemble) as view:
+        raise ZeroDivisionError
+    assert allocated_tensors(view) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_plain_view_outside_of_its_block(precision: str) -> None:
+    model, x = digits_resnet().eval(), torch.rand(5, 1, 8, 8)
+    with frozen(model, precision) as view:
+        before = view(x)
+    with pytest.raises(RuntimeError, match="outside of its `with` block"):
+        view(x)
+    with frozen(model, precision) as view:
+        assert torch.equal(view(x), before)

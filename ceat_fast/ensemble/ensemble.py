@@ -15,6 +15,7 @@ from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
 from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
+from ceat_fast.ensemble.folding import refuse
 from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
 from ceat_fast.ensemble.graphs import Captures, GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
@@ -62,6 +63,7 @@ class Ensemble(nn.Module):
         self.average = average
         self.tuned: Tuned | None = None  # what "auto" takes, once it was measured
         self.is_view = False  # whether attacks search with it; a view is no judge
+        self.is_released = False  # whether its weights are gone until it is used again: a view on a CPU
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
         self.captures = Captures()  # of attacks on a view
@@ -102,8 +104,10 @@ class Ensemble(nn.Module):
 
         Raises:
             ValueError: x has not M batches with `per_member`, or members disagree on K or return no (B, K) tensor.
-            RuntimeError: backend="vmap" and a group cannot run batched; says why.
+            RuntimeError: backend="vmap" and a group cannot run batched, or "fused" and they cannot be fused; says why.
         """
+        if self.is_released:
+            refuse()
         count = len(self.members)
         if per_member is None:
             per_member = x.dim() == 5 and x.shape[0] == count
@@ -177,8 +181,15 @@ class Ensemble(nn.Module):
 
     def weights_changed(self) -> None:
         """What was made from the members' weights follows them: for views, whose weights are copies."""
+        self.is_released = False
         for _, fused in self._fused or ():
             fused.refresh()
+
+    def release(self) -> None:
+        """Drop what was made from the members' weights, until `weights_changed`."""
+        self.is_released = True
+        for _, fused in self._fused or ():
+            fused.release()
 
     def regroup(self) -> None:
         """Compare the members' architectures anew before the next run."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from ceat_fast.ensemble.architecture import has_hooks, same_configuration
 
@@ -83,6 +84,8 @@ class FoldedCopy:
         self.unfolded = [f"{name}: {reason}" for name in norms if name not in gone]
         folded = {f"{pair.convolution}.{kind}" for pair in self._pairs for kind in ("weight", "bias")}
         self._names = [name for name in _tensors(self.module) if name not in folded]
+        self._released: list[tuple[torch.UntypedStorage, int]] = []
+        self._refusal: RemovableHandle | None = None
 
     def is_current(self, source: nn.Module) -> bool:
         """Whether `source` still has the structure, settings, shapes and devices that were copied."""
@@ -101,6 +104,7 @@ class FoldedCopy:
     @torch.no_grad()
     def refresh(self, source: nn.Module) -> None:
         """Take over the present weights and statistics of `source`."""
+        self._restore()
         ours, theirs = _tensors(self.module), _tensors(source)
         if self._names:
             torch._foreach_copy_([ours[name] for name in self._names], [theirs[name] for name in self._names])
@@ -108,6 +112,30 @@ class FoldedCopy:
             weights, biases = _fold(source, self._pairs, self._eps)
             torch._foreach_copy_([ours[f"{pair.convolution}.weight"] for pair in self._pairs], weights)
             torch._foreach_copy_([ours[f"{pair.convolution}.bias"] for pair in self._pairs], biases)
+
+    def release(self) -> None:
+        """Give back the memory of all tensors on the CPU until `refresh`. On a GPU, graphs know its address."""
+        for tensor in _tensors(self.module).values():
+            storage = tensor.untyped_storage()
+            if tensor.device.type == "cpu" and storage.size():
+                self._released.append((storage, storage.size()))
+                storage.resize_(0)
+        if self._refusal is None and self._released:
+            self._refusal = self.module.register_forward_pre_hook(refuse)
+
+    def _restore(self) -> None:
+        for storage, size in self._released:
+            storage.resize_(size)
+            storage.fill_(0)  # type: ignore[attr-defined]  # what weights are padded with
+        self._released.clear()
+        if self._refusal is not None:
+            self._refusal.remove()
+            self._refusal = None
+
+
+def refuse(*_: object) -> None:
+    """Raise RuntimeError: a view has weights only within its block."""
+    raise RuntimeError("a frozen view was called outside of its `with` block")
 
 
 def _copied(source: nn.Module) -> nn.Module:

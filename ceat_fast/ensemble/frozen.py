@@ -14,7 +14,7 @@ from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.convolutions import winograd_convolutions
 from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import default_execution
-from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError
+from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
 from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
 from ceat_fast.ops import winograd
 
@@ -44,7 +44,7 @@ def frozen(model: nn.Module, precision: str = "fp32", *, bn_mode: str = "eval") 
     """
     require_choice("bn_mode", bn_mode, BN_MODES)
     view = _current_view(model, resolve_precision(precision, model), bn_mode)
-    with _at_rest(view.own_modules(model)):
+    with view.in_use(), _at_rest(view.own_modules(model)):
         yield view.module or model
 
 
@@ -61,11 +61,13 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
 
 def unfolded(model: nn.Module) -> list[str]:
     """What attacks on `model` run as it is and why, a line for each BatchNorm or module."""
-    return list(_current_view(model, "fp32", "eval").unfolded)
+    view = _current_view(model, "fp32", "eval")
+    with view.in_use():
+        return list(view.unfolded)
 
 
 class _View:
-    """What stands in for a model.
+    """What stands in for a model. On a CPU its tensors take memory only while it is in use.
 
     Attributes:
         module: the module to attack; None if it is the model itself (the view must not keep the model alive).
@@ -74,6 +76,7 @@ class _View:
 
     def __init__(self, model: nn.Module, precision: str, bn_mode: str) -> None:
         self.unfolded: list[str] = []
+        self._users = 0
         self._ensemble_settings = _ensemble_settings(model)
         dtype = DTYPES[precision]
         batch_statistics = bn_mode == "batch"
@@ -128,6 +131,25 @@ class _View:
         if isinstance(self.module, Ensemble | _FullPrecision):
             self.module.weights_changed()
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep what was refreshed; afterwards release it, unless somebody else uses it still."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._release()
+
+    def _release(self) -> None:
+        for folded in self._copies:
+            if folded is not None:
+                folded.release()
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self.module.parameters()) if self.module else False
+        if on_cpu and isinstance(self.module, Ensemble | _FullPrecision):
+            self.module.release()
+
 
 _views: WeakKeyDictionary[nn.Module, dict[tuple[str, str], _View]] = WeakKeyDictionary()
 
@@ -180,8 +202,11 @@ class _FullPrecision(nn.Module):
         self.training = False
         self._fused: FusedMembers | None = None
         self._is_fusable = winograd.missing() is None
+        self._is_released = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_released:
+            refuse()
         on_cpu = x.device.type == "cpu" and winograd.missing() is None
         if on_cpu and self._is_fusable and x.numel():
             try:
@@ -194,8 +219,14 @@ class _FullPrecision(nn.Module):
         return logits
 
     def weights_changed(self) -> None:
+        self._is_released = False
         if self._fused is not None:
             self._fused.refresh()
+
+    def release(self) -> None:
+        self._is_released = True
+        if self._fused is not None:
+            self._fused.release()
 
 
 class _LowPrecision(nn.Module):

@@ -73,6 +73,12 @@ class FusedMembers:
             if isinstance(step, _Convolution):
                 step.layer.weights.refresh()
 
+    def release(self) -> None:
+        """Drop what was made from weights on a CPU, until `refresh`."""
+        for step in self.program.steps:
+            if isinstance(step, _Convolution):
+                step.layer.weights.release()
+
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs of the members, (M * B, C, H, W), member by member -> logits (M * B, K).
 

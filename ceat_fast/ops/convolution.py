@@ -111,6 +111,11 @@ class MemberWeights:
             self._forward = self._packed(self.taps[:, :, : self.channels_in])
             self._backward = self._packed(self.taps.transpose(2, 3), turned=True)
 
+    def release(self) -> None:
+        """Drop the packed weights on a CPU, until `refresh`. On a GPU, graphs know their address."""
+        if self.kernel == "cpu":
+            del self._forward, self._backward
+
     def _packed(self, taps: Tensor, *, turned: bool = False) -> Tensor:
         """Matrices (M, 9, ., .) as the native kernel reads them; `turned` if for the gradient."""
         if self.point:
