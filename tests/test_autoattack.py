@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import warnings
 
 import pytest
@@ -319,6 +320,29 @@ def test_observer_hears_of_every_sample_once_per_attack():
         assert sorted(heard[attack]) == still.nonzero().squeeze(1).tolist() if place else len(heard[attack]) == 12
         for sample, fooled in heard[attack].items():
             assert fooled == (result.fooled_by[sample].item() == place)
+
+
+def test_observer_hears_how_far_the_work_is(monkeypatch):
+    monkeypatch.setattr("ceat_fast.attacks.session._HEARTBEAT", -1.0)
+    model = small_net()
+    x, y = correct_batch(model, 12)
+    heard = []
+    attack = AutoAttack(0.02, batch_size=5, **SHORT)
+    result = attack.run(model, x, y, observer=lambda name, samples, so_far: heard.append((name, so_far.progress)))
+    shares = [share for _, share in heard]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert 0.9 < shares[-1] <= result.progress == 1
+    for name in attack.stages:
+        own = [share for of, share in heard if of == name]
+        assert len(set(own)) > 10, name  # at every step, not only where samples are done with
+    ends = [max(share for of, share in heard if of == name) for name in attack.stages]
+    # Steps are weighted by the passes that they take: of each sample 2 per step of APGD, 3 of FAB, 1 of Square.
+    steps, queries = SHORT["steps"], SHORT["queries"]
+    work = {"apgd-ce": 2 * (steps + 1), "apgd-t": 2 * 9 * (steps + 1), "fab-t": 3 * 9 * steps, "square": queries + 1}
+    total = sum(work[name] for name in attack.stages)
+    expected = list(itertools.accumulate(work[name] / total for name in attack.stages))
+    assert ends == pytest.approx(expected, abs=0.02)
 
 
 def test_ensemble_and_its_state_are_left_alone():

@@ -249,7 +249,7 @@ def test_the_progress_tells_accuracy_speed_and_time_left() -> None:
     with EvaluationProgress(console, 100) as progress:
         progress.begin("PGD-20")
         progress.advance(40, 30, computed=True)
-        progress.tell("apgd-t", 0.25)
+        progress.tell(20, "apgd-t", 0.25, 0.5)
         progress.advance(20, 0, computed=False)
     text = console.export_text()
     assert all(words in text for words in ("PGD-20", "60/100", "accuracy 50.0%", "images/s", "left"))
@@ -259,3 +259,16 @@ def test_the_progress_tells_accuracy_speed_and_time_left() -> None:
         progress.advance(100, 30, computed=False)
         progress.end()
     assert plain.export_text() == "AA: 100/100 images  accuracy 30.0%  from the journal\n"
+
+
+def test_the_time_left_within_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work within a batch counts as that part of its images: 30 of 100 in 90 seconds leave 210."""
+    now = [0.0]
+    monkeypatch.setattr("ceat_fast.evaluation.progress.time.monotonic", lambda: now[0])
+    plain = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with EvaluationProgress(plain, 100) as progress:
+        progress._bars.get_time = lambda: now[0]
+        progress.begin("AA")
+        for now[0], done in ((30.0, 0.2), (60.0, 0.4), (90.0, 0.6)):
+            progress.tell(50, "square", 0.5, done)
+    assert plain.export_text() == "AA: 0/100 images  square: 50.0% of this batch misled  0:03:30 left\n"

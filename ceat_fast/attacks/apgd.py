@@ -102,6 +102,7 @@ class APGDSearch(Search[APGDRows]):
         self._is_targeted = settings.loss == "dlr-targeted"
         self.runs = settings.restarts * (min(settings.targets, classes - 1) if self._is_targeted else 1)
         self.steps = settings.steps + 1
+        self.cost = 2 * settings.eot
         # The most rises of f that still count as oscillation, at checkpoints; -1 elsewhere.
         periods = checkpoint_periods(settings.steps)
         self._allowed = torch.full((self.steps,), -1)

@@ -81,6 +81,7 @@ class FABSearch(Search[FABRows]):
         self.settings = settings
         self.runs = settings.restarts * (min(settings.targets, classes - 1) if settings.targeted else 1)
         self.steps = settings.steps
+        self.cost = 3  # two passes forwards and one back
         self.minimal = settings.minimal
         self._classes = classes
         # The backward pass of a compiled module frees what a second one would need.

@@ -24,6 +24,7 @@ class AttackResult:
         margin: (B,) max_{k != y} z_k - z_y at x_adv, above 0 where it is misclassified.
         norm: (B,) distance of x_adv from x, in the norm of the attack.
         forwards, backwards: (B,) int64, passes of the model spent on the sample; -1 where nobody counted.
+        progress: the part of the work that is behind, in [0, 1], as far as settings and verdicts tell: for observers.
         seconds: wall-clock time of each of `attacks`.
         precision: "fp32", or "mixed (...)" naming what searched; verdicts are fp32's in either case.
         flags: remarks on the model that cast doubt on the verdicts, such as zero gradients.
@@ -41,6 +42,7 @@ class AttackResult:
     seconds: dict[str, float]
     precision: str
     flags: list[str] = field(default_factory=list)
+    progress: float = 0.0
 
     @property
     def robust_accuracy(self) -> float:
@@ -59,4 +61,5 @@ class AttackResult:
 
 
 # observer(attack, samples, result): the attack is done with these samples (n,), their entries in result are up to date.
+# During long work it is called about once a second with no samples, for `result.progress`.
 Observer = Callable[[str, Tensor, AttackResult], None]

@@ -82,7 +82,7 @@ class JudgedAttack(ABC):
             y: (B,) int64 labels in [0, K).
             index: (B,) int64 sample indices that key the noise; default 0 to B-1.
             eps: (B,) radii, one per sample, in place of the attack's.
-            observer: is called as samples are done with.
+            observer: is called as samples are done with, and about once a second; see `Observer`.
 
         Raises:
             ValueError: input outside these ranges, a model in train mode, one that returns NaN, or one with too few

@@ -22,6 +22,7 @@ from ceat_fast.ensemble.frozen import frozen, resolve_precision
 
 _SLACK = 2.0**-7  # two units in the last place of bfloat16
 _BATCH_SIZES = {"cpu": 250, "cuda": 1024}
+_HEARTBEAT = 1.0  # seconds after which an observer hears of an attack under way
 _REPETITIONS, _MOST_DRIFT = 5, 1e-4  # of the check for random answers, as in AutoAttack
 
 
@@ -72,6 +73,7 @@ class Session:
         self._view = view
         self._settings = settings
         self._observer = observer
+        self._told = began
         self._slack = 0.0 if precision == "fp32" else _SLACK
         x, y = samples.x, samples.y
         self._batch_size = settings.batch_size or _BATCH_SIZES.get(x.device.type, _BATCH_SIZES["cpu"])
@@ -96,13 +98,16 @@ class Session:
         if _is_probability(clean):
             self.result.flags.append("the model returns probabilities, not logits: gradients may vanish")
         self._priority = self.result.margin.clone()
-        self._notify(CLEAN, torch.arange(len(x), device=x.device))
+        if len(x):
+            self._notify(CLEAN, torch.arange(len(x), device=x.device))
 
     def attack(self, *attacks: Searching) -> None:
         """Attack the samples that are still robust, by one attack after the other; adds to the result."""
         searches = [attack.search(self._view, self._slack, self._samples.clean.shape[1]) for attack in attacks]
-        for attack, search in zip(attacks, searches, strict=True):
-            self._run(attack.name, search)
+        weights = [search.cost * search.runs * search.steps for search in searches]
+        for place, (attack, search) in enumerate(zip(attacks, searches, strict=True)):
+            self._run(attack.name, search, sum(weights[:place]) / sum(weights), weights[place] / sum(weights))
+        self.result.progress = 1.0
 
     def adopt(self, attacks: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
         """Attack the samples that are still robust by foreign attacks (x, y) -> x_adv, whose passes nobody counts."""
@@ -130,15 +135,24 @@ class Session:
                 self.result.flags.append("the model's answers are random: use version='rand'")
                 return
 
-    def _run(self, name: str, search: Search[Any]) -> None:
+    def _run(self, name: str, search: Search[Any], before: float, part: float) -> None:
+        """Run a search, `before` which that share of all work was done, and which is that part of it."""
         began, result = time.perf_counter(), self.result
         result.attacks.append(name)
         candidates = (~result.fooled).nonzero().squeeze(1)
-        work = WorkList(search, self._samples, candidates, self._verdict, self._slack > 0, self._batch_size)
+        nothing = candidates[:0]
+
+        def looked() -> None:
+            if time.perf_counter() - self._told > _HEARTBEAT:
+                result.progress = before + part * work.share
+                self._notify(name, nothing)
+
+        work = WorkList(search, self._samples, candidates, self._verdict, self._slack > 0, self._batch_size, looked)
         for event in work:
             if isinstance(event, Ended):
                 self._store(event)
-            else:
+            elif len(event):
+                result.progress = before + part * work.share
                 self._notify(name, event)
         result.forwards += work.forwards.to(result.forwards)
         result.backwards += work.backwards.to(result.backwards)
@@ -165,7 +179,8 @@ class Session:
         result.norm[sample] = length(ended.point[better] - self._samples.x[sample], NORM_ORDERS[self._settings.norm])
 
     def _notify(self, attack: str, samples: Tensor) -> None:
-        if self._observer is not None and len(samples):
+        self._told = time.perf_counter()
+        if self._observer is not None:
             self._observer(attack, samples, self.result)
 
     def _verdict(self, points: Tensor, labels: Tensor) -> Verdict:

@@ -105,12 +105,14 @@ class Search(ABC, Generic[RowsT]):
         runs: searches per sample.
         steps: calls of `advance` that make a run.
         interval: steps between looks for rows that are done, where a look has to wait for the device.
+        cost: passes of the model in a step.
         minimal: every run is carried through, and the success with the highest score counts, not the first.
     """
 
     runs: int
     steps: int
     interval: int = 10
+    cost: int = 1
     minimal: bool = False
 
     def __init__(self, view: nn.Module, slack: float) -> None:
@@ -174,6 +176,7 @@ class WorkList(Generic[RowsT]):
         judge: (points, labels) -> the model's own answers; confirms what the search claims.
         judges_failures: also ask the judge about the best point of a search that claims nothing.
         batch_size: rows at a time.
+        looked: is called whenever it was looked for rows that are done.
 
     Attributes:
         forwards, backwards: (B,) int64 on the CPU, passes spent on each sample so far.
@@ -190,6 +193,7 @@ class WorkList(Generic[RowsT]):
         judge: Callable[[Tensor, Tensor], Verdict],
         judges_failures: bool,
         batch_size: int,
+        looked: Callable[[], None] = lambda: None,
     ) -> None:
         self._search = search
         self._samples = samples
@@ -198,7 +202,9 @@ class WorkList(Generic[RowsT]):
         self._batch_size = batch_size
         self._device = samples.x.device
         self._is_cpu = self._device.type == "cpu"
+        self._looked = looked
         self._queue = deque(itertools.product(range(search.runs), candidates.tolist()))
+        self._tasks = len(self._queue)
         self._rows: RowsT | None = None
         self._sample, self._run, self._step = (torch.zeros(0, dtype=torch.int64) for _ in range(3))
         self._found = torch.full((len(samples.x),), search.runs)  # lowest run that succeeded: no later one is needed
@@ -218,6 +224,18 @@ class WorkList(Generic[RowsT]):
             for _ in range(min(1 if self._is_cpu else self._search.interval, remaining)):
                 self._advance(self._rows)
             yield from self._retire(self._rows)
+            self._looked()
+
+    @property
+    def share(self) -> float:
+        """The part of all steps that is behind, or is needed no more."""
+        waiting = sum(run < found for (run, _), found in zip(self._queue, self._lowest(), strict=True))
+        ahead = waiting * self._search.steps + int((self._search.steps - self._step).sum())
+        return 1 - ahead / max(self._tasks * self._search.steps, 1)
+
+    def _lowest(self) -> list[int]:
+        """For each task in the queue, the lowest run of its sample that succeeded."""
+        return list(self._found[[sample for _, sample in self._queue]].tolist()) if self._queue else []
 
     def _take(self) -> list[tuple[int, int]]:
         """The next tasks (run, sample) that are still needed and fit, all of one run."""

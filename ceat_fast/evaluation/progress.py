@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_OF_SPEED = 600.0  # the parts of a long attack differ in speed
 
 
 class EvaluationProgress:
@@ -26,6 +28,7 @@ class EvaluationProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
+            speed_estimate_period=_SECONDS_OF_SPEED,
             disable=not self._console.is_terminal or self._console.quiet,
         )
         self._task = TaskID(0)
@@ -53,20 +56,22 @@ class EvaluationProgress:
         self._computed += samples * computed
         self._show(self._status())
 
-    def tell(self, part: str, misled: float) -> None:
-        """Within a batch: what a long attack is doing, and the share of the batch that it has misled."""
+    def tell(self, samples: int, part: str, misled: float, done: float) -> None:
+        """Within a batch of so many: what a long attack does, how much it has misled, and how much is done."""
         before = f"{self._status()}  " if self._seen else ""
-        self._show(f"{before}{part}: {misled:.1%} of this batch misled")
+        self._show(f"{before}{part}: {misled:.1%} of this batch misled", samples * done)
 
     def end(self) -> None:
         """The attack is through with this process's share."""
         self._line(self._status())
 
-    def _show(self, status: str) -> None:
-        self._bars.update(self._task, completed=self._seen, status=status)
+    def _show(self, status: str, more: float = 0.0) -> None:
+        """`more` images, in terms of work, are done than were judged: the time left follows from that."""
+        self._bars.update(self._task, completed=self._seen + more, status=status)
         if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._line(status)
+            left = self._bars.tasks[self._task].time_remaining
+            self._line(status if left is None else f"{status}  {timedelta(seconds=round(left))} left")
 
     def _line(self, status: str) -> None:
         if not self._console.is_terminal:

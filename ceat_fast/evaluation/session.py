@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from ceat_fast.evaluation.verdicts import (
     radius_of,
     subject_logits,
     subjects_of,
+    within,
 )
 from ceat_fast.files import PathLike
 
@@ -140,8 +142,8 @@ class _Session:
             for name in self.columns:
                 progress.begin(name)
                 for batch in shard.batches(len(self.images), self.batch_size):
-                    computed = [self._judge(name, goal, batch, journal, store, progress.tell) for goal in self.goals]
-                    progress.advance(len(batch), self.table.correct(name, self.main, batch), any(computed))
+                    computed = self._judge_batch(name, batch, journal, store, partial(progress.tell, len(batch)))
+                    progress.advance(len(batch), self.table.correct(name, self.main, batch), computed)
                 progress.end()
             shard.wait_for_all()
             if journal is not None and shard.count > 1:
@@ -162,8 +164,26 @@ class _Session:
     def main(self) -> str:
         return self.goals[ENSEMBLE][0]
 
+    def _judge_batch(
+        self, name: str, batch: range, journal: Journal | None, store: AdversarialStore | None, tell: Tell
+    ) -> bool:
+        """Judge all subjects on a batch; returns whether there was something to do."""
+        total = sum(map(len, self.goals.values()))
+        before, computed = 0, False
+        for goal, subjects in self.goals.items():
+            told = within(tell, before / total, len(subjects) / total)
+            computed |= self._judge(name, goal, batch, journal, store, told)
+            before += len(subjects)
+        return computed
+
     def _judge(
-        self, name: str, goal: str, batch: range, journal: Journal | None, store: AdversarialStore | None, tell: Tell
+        self,
+        name: str,
+        goal: str,
+        batch: range,
+        journal: Journal | None,
+        store: AdversarialStore | None,
+        tell: Tell | None,
     ) -> bool:
         """Judge the subjects of a goal on a batch unless that is done; returns whether there was something to do."""
         subjects, attack = self.goals[goal], self.columns[name]

@@ -21,7 +21,7 @@ from ceat_fast.ensemble import Ensemble
 from ceat_fast.ops import reference
 
 Attack = Callable[..., Tensor]  # attack(model, x, y, index=...) -> x_adv, a dataclass of its settings
-Tell = Callable[[str, float], None]  # (part of the attack, share of the batch that is misled so far)
+Tell = Callable[[str, float, float], None]  # (part of an attack, share of the batch that is misled, of the work done)
 ENSEMBLE, MEMBERS = "ensemble", "members"  # what an attack aims at
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -75,7 +75,11 @@ def run_attack(
     """
     if goal == MEMBERS and not _has(attack, "goal"):
         assert isinstance(model, Ensemble)
-        attacked = [_attack(attack, member, x, y, index, tell) for member in model.members]
+        count = len(model.members)
+        attacked = [
+            _attack(attack, member, x, y, index, within(tell, m / count, 1 / count))
+            for m, member in enumerate(model.members)
+        ]
     else:
         aimed = attack if goal == ENSEMBLE else replace(attack, goal=goal)  # type: ignore[type-var]
         attacked = [_attack(aimed, model, x, y, index, tell)]
@@ -91,6 +95,13 @@ def run_attack(
     return joined
 
 
+def within(tell: Tell | None, before: float, part: float) -> Tell | None:
+    """For a part of the work, before which that much was done."""
+    if tell is None:
+        return None
+    return lambda name, misled, done: tell(name, misled, before + part * done)
+
+
 def _attack(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tell: Tell | None) -> Attacked:
     """One call; what the attack tells beyond the inputs, where it does."""
     if not hasattr(attack, "run"):
@@ -98,7 +109,7 @@ def _attack(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, index: Tenso
 
     def observe(part: str, samples: Tensor, result: AttackResult) -> None:
         if tell is not None:
-            tell(part, int(result.fooled.sum()) / len(x))
+            tell(part, int(result.fooled.sum()) / len(x), result.progress)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its remarks are in the result too
