@@ -34,7 +34,7 @@ class PlainWeights(MemberWeights):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, kernel="triton")
 
-    def convolve(self, x, residual=None, *, relu):
+    def convolve(self, x, residual=None, *, relu, out=None):
         self.calls += 1
         out = torch.stack([self._one(m, row) for m, row in enumerate(x)])
         out = out if residual is None else out + residual
@@ -378,6 +378,33 @@ def test_no_samples():
     with frozen(Ensemble([model.float() for model in lived_in(Smooth)], "fused")) as view:
         assert view(torch.rand(0, 3, 8, 8)).shape == (0, 5)
         assert view.member_logits(torch.rand(3, 0, 3, 8, 8), per_member=True).shape == (3, 0, 5)
+
+
+@on_native
+def test_memory_is_used_again_and_never_under_somebody():
+    with frozen(Ensemble([model.float() for model in lived_in(resnet20)], "fused")) as view:
+        batches = [torch.rand(count, 3, 16, 16) for count in (4, 4, 7, 4, 4)]
+
+        def passes(x):
+            point = x.clone().requires_grad_()
+            logits = view(point)
+            return point, logits
+
+        def gradient(point, logits):
+            return torch.autograd.grad(logits[:, 0].sum(), point)[0]
+
+        alone = [gradient(*passes(x)) for x in batches]
+        program = view._fused[0][1].program
+        kept = {tensor.data_ptr() for tensor in program.spare.values()}
+        assert len(kept) == 20  # all outputs of convolutions but the last, whose average is taken
+        gradient(*passes(batches[0]))
+        assert {tensor.data_ptr() for tensor in program.spare.values()} == kept
+        together = [passes(x) for x in batches]
+        for found, right in zip([gradient(*pair) for pair in reversed(together)], reversed(alone), strict=True):
+            assert torch.equal(found, right)
+        del together
+        assert program.spare
+    assert not program.spare
 
 
 @on_native

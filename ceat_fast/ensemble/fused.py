@@ -61,20 +61,24 @@ class FusedMembers:
             raise NotFusableError(reason)
         self.members = list(members)
         self._proved = False
+        self._is_on_cpu = sample.device.type == "cpu"  # a GPU's allocator keeps what is freed by itself
         graph = _trace(members[0], sample)
         own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
         if own is not None:
             raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
         self.program = _Program(graph, self.members)
+        self.program.keeps_memory = self._is_on_cpu
 
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
+        self.program.keeps_memory = self._is_on_cpu
         for step in self.program.steps:
             if isinstance(step, _Convolution):
                 step.layer.weights.refresh()
 
     def release(self) -> None:
         """Drop what was made from weights on a CPU, until `refresh`."""
+        self.program.spare, self.program.keeps_memory = {}, False
         for step in self.program.steps:
             if isinstance(step, _Convolution):
                 step.layer.weights.release()
@@ -153,8 +157,8 @@ class MemberConvolution:
                 layer.bias.data = bias.copy_(layer.bias)
         self.weights = MemberWeights(storage, biases, first.stride[0], point, inputs=first.in_channels)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last.
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last; in the memory of `out` if that fits, on a CPU.
 
         Raises:
             RuntimeError: x has not C channels.
@@ -162,7 +166,8 @@ class MemberConvolution:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
         skip = None if residual is None else self._rows(residual)
-        return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
+        rows = None if out is None else _by_member(out.permute(0, 2, 3, 1), self.members)
+        return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu, out=rows))
 
     def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         """See `MemberWeights.input_gradient`; `like` is the input."""
@@ -262,7 +267,13 @@ class _Operation:
 
 
 class _Program:
-    """The steps of the network in order."""
+    """The steps of the network in order.
+
+    Attributes:
+        keeps_memory: whether to keep `spare`.
+        spare: memory of an earlier run for the outputs of convolutions. The C library would give it back to the system
+            after each gradient, and the system would fill as many pages with zeros for the next one.
+    """
 
     def __init__(self, graph: fx.Graph, members: Sequence[nn.Module]) -> None:
         self.steps, chains = _steps(graph, members)
@@ -271,15 +282,21 @@ class _Program:
         assert isinstance(returned, fx.Node)
         self._output = chains.get(returned, returned)
         self._uses = Counter([self._output, *(node for step in self.steps for node in step.inputs)])
+        self.spare: Values = {}
+        self.keeps_memory = False
+        # Nobody else can hold a view of what only convolutions read.
+        shared = {self._output, *(n for step in self.steps if isinstance(step, _Operation) for n in step.inputs)}
+        self._reusable = {step.output for step in self.steps if isinstance(step, _Convolution)} - shared
 
     def run(self, x: Tensor, record: _Record | None = None) -> Tensor:
         """The network's output; `record` keeps what its gradient needs."""
         values: Values = {self._input: x}
         left = Counter(self._uses)
+        spare = self._take_spare(len(x)) if record is not None else {}
         for step in self.steps:
             if isinstance(step, _Convolution):
                 residual = None if step.residual is None else values[step.residual]
-                values[step.output] = step.layer(values[step.x], residual, step.relu)
+                values[step.output] = step.layer(values[step.x], residual, step.relu, spare.get(step.output))
                 if record is not None and not record.attached.isdisjoint(step.inputs):
                     record.attached.add(step.output)
             elif record is None:
@@ -297,7 +314,16 @@ class _Program:
         return logits
 
     def new_record(self) -> _Record:
-        return _Record(self._input)
+        return _Record(self._input, self)
+
+    def reuse(self, values: Values) -> None:
+        """Keep of a record that nobody needs any more what the next run can write to."""
+        if self.keeps_memory:
+            self.spare = {node: values[node] for node in self._reusable if node in values}
+
+    def _take_spare(self, samples: int) -> Values:
+        spare, self.spare = self.spare, {}
+        return spare if all(len(tensor) == samples for tensor in spare.values()) else {}
 
     def is_differentiable(self, record: _Record) -> bool:
         """Whether the output of that run depends on the input in a way that autograd knows."""
@@ -326,10 +352,14 @@ class _Record:
         attached: the values that depend on the input in a way that autograd knows.
     """
 
-    def __init__(self, entry: fx.Node) -> None:
+    def __init__(self, entry: fx.Node, program: _Program) -> None:
+        self._program = program
         self.values: Values = {}
         self.attached = {entry}
         self._made: dict[fx.Node, tuple[dict[fx.Node, Tensor], Any]] = {}
+
+    def __del__(self) -> None:
+        self._program.reuse(self.values)
 
     def run(self, step: _Operation, values: Values) -> Any:
         with torch.enable_grad():

@@ -41,6 +41,14 @@ torch.library.define("ceat_fast::member_convolution_native", SIGNATURE)
 torch.library.register_fake("ceat_fast::member_convolution_native", _fake)
 _convolve = torch.ops.ceat_fast.member_convolution_native.default
 
+torch.library.define(
+    "ceat_fast::member_convolution_into_native",
+    "(Tensor(a!) out, Tensor x, Tensor weights, Tensor? bias, Tensor? residual, Tensor? gate, int direction, "
+    "bool point, bool flipped, bool relu) -> ()",
+)
+torch.library.register_fake("ceat_fast::member_convolution_into_native", lambda *_: None)
+_convolve_into = torch.ops.ceat_fast.member_convolution_into_native.default
+
 
 def missing(device_type: str, dtype: torch.dtype) -> str | None:
     """None where one of the kernels runs for this type, else the reason in one line."""
@@ -127,18 +135,22 @@ class MemberWeights:
         blocks = taps.reshape(*taps.shape[:3], -1, CHANNEL_BLOCK)
         return blocks.permute(0, 3, 1, 2, 4).contiguous()
 
-    def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool) -> Tensor:
+    def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, out: Tensor | None = None) -> Tensor:
         """conv(x) + bias + residual, then perhaps ReLU: (M, B, H, W, C) -> (M, B, ceil(H / s), ceil(W / s), F).
 
-        x has `channels_in` channels. Inputs are contiguous and of the weights' type; sums are in fp32 and rounded once.
+        x has `channels_in` channels. The CPU kernel writes to `out` if that has the right size. Inputs are contiguous and
+        of the weights' type; sums are in fp32 and rounded once.
         """
         height, width = (-(-side // self.stride) for side in x.shape[2:4])
         _check(x, residual, (self.members, x.shape[1], height, width, self.filters), self.channels_in, self.bias.dtype)
-        if self.kernel != "triton":
-            direction = _STRIDE_1 if self.stride == 1 else _STRIDE_2
-            sizes = self.filters, height, width, direction
-            out: Tensor = _convolve(x, self._forward, self.bias, residual, None, *sizes, self.point, False, relu)
+        direction = _STRIDE_1 if self.stride == 1 else _STRIDE_2
+        if self.kernel == "cpu" and out is not None and out.shape == (*x.shape[:2], height, width, self.filters):
+            _convolve_into(out, x, self._forward, self.bias, residual, None, direction, self.point, False, relu)
             return out
+        if self.kernel != "triton":
+            sizes = self.filters, height, width, direction
+            found: Tensor = _convolve(x, self._forward, self.bias, residual, None, *sizes, self.point, False, relu)
+            return found
         out = x.new_empty(*x.shape[:2], height, width, self.filters)
         return _launch(x, self.taps, out, self.stride, bias=self.bias, residual=residual, relu=relu)
 

@@ -289,13 +289,18 @@ const float* floats_of(const std::optional<Tensor>& t, const char* name, std::in
   return t->const_data_ptr<float>();
 }
 
-// x (M, B, H, W, C); weights (M, F/16, P, C, 16): P = 36 filters at the points of winograd.cpp, 9 taps, or 1.
-Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t filters,
-                          int64_t out_height, int64_t out_width, int64_t direction, bool point, bool flipped, bool relu) {
+// x (M, B, H, W, C), out (M, B, H', W', F); weights (M, F/16, P, C, 16): P = 36 filters at the points of winograd.cpp,
+// 9 taps, or 1.
+void member_convolution_into(const Tensor& out, const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t direction,
+                          bool point, bool flipped, bool relu) {
+  STD_TORCH_CHECK(out.dim() == 5 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
+                  "out must be contiguous float32 (M, B, H, W, F)");
+  const int64_t out_height = out.size(2), out_width = out.size(3), filters = out.size(4);
   STD_TORCH_CHECK(x.dim() == 5 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
                   "x must be contiguous float32 (M, B, H, W, C)");
   const int64_t members = x.size(0), samples = x.size(1), height = x.size(2), width = x.size(3), channels = x.size(4);
+  STD_TORCH_CHECK(out.size(0) == members && out.size(1) == samples, "out must have the members and samples of x");
   const int64_t products = weights.dim() == 5 ? weights.size(2) : 0;
   const bool by_points = products == ceat_cpu::kTilePoints;
   const std::optional<Tensor> given = weights;
@@ -314,12 +319,10 @@ Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::opt
   const ceat_cpu::Epilogue epilogue{floats_of(bias, "bias", {members, filters}),
                                     floats_of(residual, "residual", {members, samples, out_height, out_width, filters}),
                                     floats_of(gate, "gate", {members, samples, out_height, out_width, filters}), relu};
-  Tensor out = empty(x, ScalarType::Float, {members, samples, out_height, out_width, filters});
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   if (by_points) {
-    convolve({from, packed, epilogue, members, samples, height, width, channels, filters, to});
-    return out;
+    return convolve({from, packed, epilogue, members, samples, height, width, channels, filters, to});
   }
   const int parities = direction == kTransposed2 ? 2 : 1;
   for (int y = 0; y < parities; ++y) {
@@ -330,6 +333,14 @@ Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::opt
                 products, grid, to});
     }
   }
+}
+
+Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t filters,
+                          int64_t out_height, int64_t out_width, int64_t direction, bool point, bool flipped, bool relu) {
+  STD_TORCH_CHECK(x.dim() == 5, "x must be contiguous float32 (M, B, H, W, C)");
+  Tensor out = empty(x, ScalarType::Float, {x.size(0), x.size(1), out_height, out_width, filters});
+  member_convolution_into(out, x, weights, bias, residual, gate, direction, point, flipped, relu);
   return out;
 }
 
@@ -342,4 +353,5 @@ STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
   m.impl("scale_gradients_native", TORCH_BOX(&scale_gradients));
   m.impl("winograd_convolution_native", TORCH_BOX(&winograd_convolution));
   m.impl("member_convolution_native", TORCH_BOX(&member_convolution));
+  m.impl("member_convolution_into_native", TORCH_BOX(&member_convolution_into));
 }
