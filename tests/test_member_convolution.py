@@ -176,29 +176,30 @@ def test_every_instruction_set_of_the_cpu(isa):
         ({"bias": torch.zeros(16)}, "bias must be contiguous float32"),
         ({"residual": torch.zeros(2, 1, 4, 4, 32)}, "residual must be contiguous float32"),
         ({"gate": torch.zeros(2, 1, 4, 2, 16)}, "gate must be contiguous float32"),
-        ({"filters": 24}, "filters must be a multiple of 16, got 24"),
+        ({"out": torch.zeros(2, 1, 4, 4, 24)}, "filters must be a multiple of 16, got 24"),
         ({"direction": 1}, "do not go with the direction"),
+        ({"out": torch.zeros(2, 2, 4, 4, 16)}, "out must have the members and samples of x"),
+        ({"out": torch.zeros(2, 1, 4, 16)}, "out must be contiguous float32"),
         ({"weights": torch.zeros(2, 1, 9, 16, 16), "direction": 3}, "direction must be 0, 1 or 2, got 3"),
-        ({"out_height": 5}, "an output of 5 x 4 does not belong to an input of 4 x 4"),
+        ({"out": torch.zeros(2, 1, 5, 4, 16)}, "an output of 5 x 4 does not belong to an input of 4 x 4"),
     ],
 )
 def test_the_native_op_refuses_what_it_would_misread(change, message):
     arguments = {
+        "out": torch.ones(2, 1, 4, 4, 16),
         "x": torch.zeros(2, 1, 4, 4, 16),
         "weights": torch.zeros(2, 1, 36, 16, 16),
         "bias": None,
         "residual": None,
         "gate": None,
-        "filters": 16,
-        "out_height": 4,
-        "out_width": 4,
         "direction": 0,
         "point": False,
         "flipped": False,
         "relu": False,
     }
-    op = torch.ops.ceat_fast.member_convolution_native
-    assert op(*arguments.values()).shape == (2, 1, 4, 4, 16)
+    op = torch.ops.ceat_fast.member_convolution_into_native
+    op(*arguments.values())
+    assert not arguments["out"].any()
     with pytest.raises(RuntimeError, match=message):
         op(*(arguments | change).values())
 

@@ -24,11 +24,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from ceat_fast.ops import convolution
+from ceat_fast.ops.buffers import Buffers
 from ceat_fast.ops.convolution import MemberWeights
 
 _RELUS = {"call_function": (F.relu, torch.relu, torch.relu_), "call_method": ("relu", "relu_")}
 _ADDITIONS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 _TRACES = 3
+_PROVED = 4  # samples of each member
 # How far fused and separate outputs may lie apart on a GPU, relative to the largest: roundings, for fp32 those of TF32.
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.01}
 _SAME_GRADIENT = 0.5  # relative: far above roundings, and below what another gradient would show
@@ -61,24 +63,26 @@ class FusedMembers:
             raise NotFusableError(reason)
         self.members = list(members)
         self._proved = False
-        self._is_on_cpu = sample.device.type == "cpu"  # a GPU's allocator keeps what is freed by itself
         graph = _trace(members[0], sample)
         own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
         if own is not None:
             raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
         self.program = _Program(graph, self.members)
-        self.program.keeps_memory = self._is_on_cpu
+        self._buffers = Buffers()
+        for step in self.program.steps:
+            if isinstance(step, _Convolution):
+                step.layer.weights.buffers = self._buffers
 
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
-        self.program.keeps_memory = self._is_on_cpu
+        self._buffers.open()
         for step in self.program.steps:
             if isinstance(step, _Convolution):
                 step.layer.weights.refresh()
 
     def release(self) -> None:
-        """Drop what was made from weights on a CPU, until `refresh`."""
-        self.program.spare, self.program.keeps_memory = {}, False
+        """Drop what was made from weights on a CPU, and memory that is kept, until `refresh`."""
+        self._buffers.close()
         for step in self.program.steps:
             if isinstance(step, _Convolution):
                 step.layer.weights.release()
@@ -105,7 +109,8 @@ class FusedMembers:
 
     def _prove(self, x: Tensor) -> None:
         # Members that see the same would not show that samples of one reach another.
-        rows = torch.cat([part * (1 - 0.1 * m) for m, part in enumerate(x.chunk(len(self.members)))])
+        parts = [part[:_PROVED] for part in x.chunk(len(self.members))]
+        rows = torch.cat([part * (1 - 0.1 * m) for m, part in enumerate(parts)])
         right, right_grad = _with_gradient(self.plainly, rows)
         fused, grad = _with_gradient(lambda rows: _Fused.apply(rows, self), rows)
         bound = _TOLERANCE[x.dtype] if x.is_cuda else 1e-3
@@ -157,8 +162,8 @@ class MemberConvolution:
                 layer.bias.data = bias.copy_(layer.bias)
         self.weights = MemberWeights(storage, biases, first.stride[0], point, inputs=first.in_channels)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
-        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last; in the memory of `out` if that fits, on a CPU.
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last.
 
         Raises:
             RuntimeError: x has not C channels.
@@ -166,8 +171,7 @@ class MemberConvolution:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
         skip = None if residual is None else self._rows(residual)
-        rows = None if out is None else _by_member(out.permute(0, 2, 3, 1), self.members)
-        return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu, out=rows))
+        return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
 
     def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         """See `MemberWeights.input_gradient`; `like` is the input."""
@@ -267,13 +271,7 @@ class _Operation:
 
 
 class _Program:
-    """The steps of the network in order.
-
-    Attributes:
-        keeps_memory: whether to keep `spare`.
-        spare: memory of an earlier run for the outputs of convolutions. The C library would give it back to the system
-            after each gradient, and the system would fill as many pages with zeros for the next one.
-    """
+    """The steps of the network in order."""
 
     def __init__(self, graph: fx.Graph, members: Sequence[nn.Module]) -> None:
         self.steps, chains = _steps(graph, members)
@@ -282,21 +280,15 @@ class _Program:
         assert isinstance(returned, fx.Node)
         self._output = chains.get(returned, returned)
         self._uses = Counter([self._output, *(node for step in self.steps for node in step.inputs)])
-        self.spare: Values = {}
-        self.keeps_memory = False
-        # Nobody else can hold a view of what only convolutions read.
-        shared = {self._output, *(n for step in self.steps if isinstance(step, _Operation) for n in step.inputs)}
-        self._reusable = {step.output for step in self.steps if isinstance(step, _Convolution)} - shared
 
     def run(self, x: Tensor, record: _Record | None = None) -> Tensor:
         """The network's output; `record` keeps what its gradient needs."""
         values: Values = {self._input: x}
         left = Counter(self._uses)
-        spare = self._take_spare(len(x)) if record is not None else {}
         for step in self.steps:
             if isinstance(step, _Convolution):
                 residual = None if step.residual is None else values[step.residual]
-                values[step.output] = step.layer(values[step.x], residual, step.relu, spare.get(step.output))
+                values[step.output] = step.layer(values[step.x], residual, step.relu)
                 if record is not None and not record.attached.isdisjoint(step.inputs):
                     record.attached.add(step.output)
             elif record is None:
@@ -314,16 +306,7 @@ class _Program:
         return logits
 
     def new_record(self) -> _Record:
-        return _Record(self._input, self)
-
-    def reuse(self, values: Values) -> None:
-        """Keep of a record that nobody needs any more what the next run can write to."""
-        if self.keeps_memory:
-            self.spare = {node: values[node] for node in self._reusable if node in values}
-
-    def _take_spare(self, samples: int) -> Values:
-        spare, self.spare = self.spare, {}
-        return spare if all(len(tensor) == samples for tensor in spare.values()) else {}
+        return _Record(self._input)
 
     def is_differentiable(self, record: _Record) -> bool:
         """Whether the output of that run depends on the input in a way that autograd knows."""
@@ -352,14 +335,10 @@ class _Record:
         attached: the values that depend on the input in a way that autograd knows.
     """
 
-    def __init__(self, entry: fx.Node, program: _Program) -> None:
-        self._program = program
+    def __init__(self, entry: fx.Node) -> None:
         self.values: Values = {}
         self.attached = {entry}
         self._made: dict[fx.Node, tuple[dict[fx.Node, Tensor], Any]] = {}
-
-    def __del__(self) -> None:
-        self._program.reuse(self.values)
 
     def run(self, step: _Operation, values: Values) -> Any:
         with torch.enable_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ceat_fast.ops import native, triton_backend
+from ceat_fast.ops.buffers import Buffers
 from ceat_fast.ops.winograd import CHANNEL_BLOCK, filters_at_points
 
 WIDTHS = (16, 32, 64, 128)  # channels and filters on a GPU: sides of the tiles that matrix units multiply
@@ -81,6 +82,7 @@ class MemberWeights:
 
     Attributes:
         channels_in: channels that `convolve` wants of x: C, but on a CPU just those that matter.
+        buffers: where results are written on a CPU.
 
     Raises:
         ValueError: shapes, widths or strides that the kernels cannot take.
@@ -109,6 +111,8 @@ class MemberWeights:
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
         self.bias, self.stride, self.point = bias, stride, point
+        self.buffers = Buffers()
+        self.buffers.close()
         self.channels_in = (inputs or self.channels) if self.kernel == "cpu" else self.channels
         self.taps = weights.flatten(2, 3).permute(0, 2, 3, 1)  # (M, 9, C, F), a view
         self.refresh()
@@ -135,19 +139,19 @@ class MemberWeights:
         blocks = taps.reshape(*taps.shape[:3], -1, CHANNEL_BLOCK)
         return blocks.permute(0, 3, 1, 2, 4).contiguous()
 
-    def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, out: Tensor | None = None) -> Tensor:
+    def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool) -> Tensor:
         """conv(x) + bias + residual, then perhaps ReLU: (M, B, H, W, C) -> (M, B, ceil(H / s), ceil(W / s), F).
 
-        x has `channels_in` channels. The CPU kernel writes to `out` if that has the right size. Inputs are contiguous and
-        of the weights' type; sums are in fp32 and rounded once.
+        x has `channels_in` channels. Inputs are contiguous and of the weights' type; sums are in fp32 and rounded once.
         """
         height, width = (-(-side // self.stride) for side in x.shape[2:4])
         _check(x, residual, (self.members, x.shape[1], height, width, self.filters), self.channels_in, self.bias.dtype)
         direction = _STRIDE_1 if self.stride == 1 else _STRIDE_2
-        if self.kernel == "cpu" and out is not None and out.shape == (*x.shape[:2], height, width, self.filters):
+        if self.kernel == "cpu":
+            out = self.buffers.take(x, (*x.shape[:2], height, width, self.filters))
             _convolve_into(out, x, self._forward, self.bias, residual, None, direction, self.point, False, relu)
             return out
-        if self.kernel != "triton":
+        if self.kernel == "cuda":
             sizes = self.filters, height, width, direction
             found: Tensor = _convolve(x, self._forward, self.bias, residual, None, *sizes, self.point, False, relu)
             return found
@@ -167,12 +171,16 @@ class MemberWeights:
         """
         shape = self.members, grad.shape[1], height, width, self.channels
         _check(grad, residual, shape, self.filters, self.bias.dtype)
-        if self.kernel != "triton":
-            direction = _STRIDE_1 if self.stride == 1 else _TRANSPOSED_2
+        direction = _STRIDE_1 if self.stride == 1 else _TRANSPOSED_2
+        if self.kernel == "cpu":
+            out = self.buffers.take(grad, shape)
+            _convolve_into(out, grad, self._backward, None, residual, gate, direction, self.point, False, False)
+            return out
+        if self.kernel == "cuda":
             sizes = self.channels, height, width, direction
             flipped = self.stride == 1
-            out: Tensor = _convolve(grad, self._backward, None, residual, gate, *sizes, self.point, flipped, False)
-            return out
+            found: Tensor = _convolve(grad, self._backward, None, residual, gate, *sizes, self.point, flipped, False)
+            return found
         out = grad.new_empty(shape)
         taps = self.taps.transpose(2, 3)
         return _launch(grad, taps, out, self.stride, transposed=True, residual=residual, gate=gate)

@@ -291,7 +291,7 @@ const float* floats_of(const std::optional<Tensor>& t, const char* name, std::in
 
 // x (M, B, H, W, C), out (M, B, H', W', F); weights (M, F/16, P, C, 16): P = 36 filters at the points of winograd.cpp,
 // 9 taps, or 1.
-void member_convolution_into(const Tensor& out, const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
+void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t direction,
                           bool point, bool flipped, bool relu) {
   STD_TORCH_CHECK(out.dim() == 5 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
@@ -335,15 +335,6 @@ void member_convolution_into(const Tensor& out, const Tensor& x, const Tensor& w
   }
 }
 
-Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t filters,
-                          int64_t out_height, int64_t out_width, int64_t direction, bool point, bool flipped, bool relu) {
-  STD_TORCH_CHECK(x.dim() == 5, "x must be contiguous float32 (M, B, H, W, C)");
-  Tensor out = empty(x, ScalarType::Float, {x.size(0), x.size(1), out_height, out_width, filters});
-  member_convolution_into(out, x, weights, bias, residual, gate, direction, point, flipped, relu);
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
@@ -352,6 +343,5 @@ STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CPU, m) {
   m.impl("pgd_step_native", TORCH_BOX(&pgd_step));
   m.impl("scale_gradients_native", TORCH_BOX(&scale_gradients));
   m.impl("winograd_convolution_native", TORCH_BOX(&winograd_convolution));
-  m.impl("member_convolution_native", TORCH_BOX(&member_convolution));
-  m.impl("member_convolution_into_native", TORCH_BOX(&member_convolution_into));
+  m.impl("member_convolution_into_native", TORCH_BOX(&member_convolution));
 }
