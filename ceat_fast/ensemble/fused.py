@@ -20,7 +20,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, stack_module_state
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from ceat_fast.ops import convolution
@@ -432,6 +431,15 @@ class _Tracer(fx.Tracer):
         return bool(m._parameters or m._buffers) or super().is_leaf_module(m, module_qualified_name)
 
 
+class _Shapes(fx.Interpreter):
+    """Notes the shapes of values."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["shape"] = value.shape if isinstance(value, Tensor) else None
+        return value
+
+
 def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
     """What the forward computes, with the shapes for that sample.
 
@@ -450,7 +458,7 @@ def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
     _without_identities(graph, module)
     with torch.no_grad():
         module(sample)  # an input that is wrong for it says so here, in its own words
-        ShapeProp(fx.GraphModule(module, graph)).propagate(sample)
+        _Shapes(fx.GraphModule(module, graph)).run(sample)
     return graph
 
 
@@ -567,5 +575,4 @@ def _calls(node: fx.Node, targets: Mapping[str, tuple[Any, ...]]) -> bool:
 
 
 def _shape(node: fx.Node) -> Any:
-    meta = node.meta.get("tensor_meta")
-    return None if meta is None else meta.shape
+    return node.meta.get("shape")
