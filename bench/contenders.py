@@ -130,6 +130,7 @@ def ladder_candidates(setting: Setting, compiled: bool) -> dict[str, Callable[[]
         rungs |= {"members as one network": "fused", "members as one network, in a graph": "fused+graph"}
     elif winograd.missing() is None:
         rungs["channels_last, Winograd"] = "loop+channels_last+winograd"
+        rungs["members as one network"] = "fused"
     if compiled:
         rungs["channels_last, compiled"] = "loop+channels_last+compile"
     attack = our_attack(setting)
