@@ -1,7 +1,7 @@
 """Memory that one pass after the other writes to, on a CPU.
 
-malloc gives what a pass frees back to the system, which fills as many pages with zeros for the next pass: a tenth of
-the time of an attack on three ResNet-20. On a GPU torch's own allocator keeps what is freed.
+malloc gives what a pass frees back to the system, which fills as many pages with zeros for the next pass.
+On a GPU torch's own allocator keeps what is freed.
 """
 
 from __future__ import annotations

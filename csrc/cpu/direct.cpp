@@ -1,5 +1,5 @@
-// Convolutions by their definition: those that are no 3x3 convolution of stride 1, such as strided and 1x1 ones, and their
-// gradients for the input.
+// Convolutions by their definition: those that are no 3x3 convolution of stride 1, such as strided and 1x1 ones, and
+// their gradients for the input.
 //
 // Twelve vectors of sums stay in registers while the taps and channels of a few pixels go by, read where they lie.
 // Compiled once per instruction set, with CEAT_ISA naming it. SIMD lanes hold filters.

@@ -82,8 +82,8 @@ struct Epilogue {
   bool relu;
 };
 
-// 3x3 with stride 1 and padding 1, of every member: x (members, samples, height, width, channels), out (members, samples,
-// height, width, filters), bias (members, filters), `filters_at_points` from a FilterProblem for each member.
+// 3x3 with stride 1 and padding 1, of every member: x (members, samples, height, width, channels), out (members,
+// samples, height, width, filters), bias (members, filters), `filters_at_points` from a FilterProblem for each member.
 struct ConvolutionProblem {
   const float *x, *filters_at_points;
   Epilogue epilogue;
@@ -100,8 +100,8 @@ struct ConvolutionProblem {
 constexpr int64_t kPixelBlock = 96;
 constexpr int kMaxTaps = 9;
 
-// Output pixels (first + step * i, i < count) along each axis that use the same taps of the filters, each at input pixel
-// in_step * i + offset.
+// Output pixels (first + step * i, i < count) along each axis that use the same taps of the filters, each at input
+// pixel in_step * i + offset.
 struct PixelGrid {
   int64_t first[2], step, count[2], in_step;
   int taps, tap[kMaxTaps], offset[kMaxTaps][2];

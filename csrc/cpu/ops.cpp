@@ -292,8 +292,8 @@ const float* floats_of(const std::optional<Tensor>& t, const char* name, std::in
 // x (M, B, H, W, C), out (M, B, H', W', F); weights (M, F/16, P, C, 16): P = 36 filters at the points of winograd.cpp,
 // 9 taps, or 1.
 void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t direction,
-                          bool point, bool flipped, bool relu) {
+                        const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t direction,
+                        bool point, bool flipped, bool relu) {
   STD_TORCH_CHECK(out.dim() == 5 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
                   "out must be contiguous float32 (M, B, H, W, F)");
   const int64_t out_height = out.size(2), out_width = out.size(3), filters = out.size(4);
@@ -304,7 +304,8 @@ void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weight
   const int64_t products = weights.dim() == 5 ? weights.size(2) : 0;
   const bool by_points = products == ceat_cpu::kTilePoints;
   const std::optional<Tensor> given = weights;
-  const float* packed = floats_of(given, "weights", {members, filters / 16, products, channels, ceat_cpu::kChannelBlock});
+  const float* packed =
+      floats_of(given, "weights", {members, filters / 16, products, channels, ceat_cpu::kChannelBlock});
   STD_TORCH_CHECK(filters > 0 && filters % ceat_cpu::kChannelBlock == 0, "filters must be a multiple of 16, got ",
                   filters);
   STD_TORCH_CHECK(by_points ? direction == kStride1 && !point && channels % ceat_cpu::kChannelBlock == 0
@@ -314,7 +315,8 @@ void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weight
   const auto reached = [&](int64_t in) { return direction == kStride2 ? (in + 1) / 2 : in; };
   STD_TORCH_CHECK(direction == kTransposed2 ? (out_height + 1) / 2 == height && (out_width + 1) / 2 == width
                                             : reached(height) == out_height && reached(width) == out_width,
-                  "an output of ", out_height, " x ", out_width, " does not belong to an input of ", height, " x ", width);
+                  "an output of ", out_height, " x ", out_width, " does not belong to an input of ", height, " x ",
+                  width);
 
   const ceat_cpu::Epilogue epilogue{floats_of(bias, "bias", {members, filters}),
                                     floats_of(residual, "residual", {members, samples, out_height, out_width, filters}),
@@ -327,8 +329,7 @@ void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weight
   const int parities = direction == kTransposed2 ? 2 : 1;
   for (int y = 0; y < parities; ++y) {
     for (int x_parity = 0; x_parity < parities; ++x_parity) {
-      const auto grid =
-          pixel_grid(Direction(direction), point, flipped, {out_height, out_width}, {y, x_parity});
+      const auto grid = pixel_grid(Direction(direction), point, flipped, {out_height, out_width}, {y, x_parity});
       convolve({from, packed, epilogue, members, samples, height, width, channels, out_height, out_width, filters,
                 products, grid, to});
     }
