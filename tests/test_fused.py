@@ -374,6 +374,20 @@ def test_outputs_without_a_gradient_say_so():
 
 
 @on_native
+def test_transforms_and_autocast_leave_it_to_torch():
+    models = [model.float() for model in lived_in(Smooth)]
+    x = torch.rand(6, 3, 8, 8)
+    for target in (Ensemble(models, "fused"), Ensemble(models), models[0]):
+        with frozen(target) as view:
+            right = view(x)
+            assert (torch.vmap(view)(x.view(2, 3, 3, 8, 8)).flatten(0, 1) - right).abs().max() < 1e-4
+            (tangent,) = torch.func.vjp(view, x)[1](torch.ones_like(right))
+            assert tangent.shape == x.shape
+            with torch.autocast("cpu", torch.bfloat16):
+                assert (view(x) - right).abs().max() < 0.02 * right.abs().max()
+
+
+@on_native
 def test_no_samples():
     with frozen(Ensemble([model.float() for model in lived_in(Smooth)], "fused")) as view:
         assert view(torch.rand(0, 3, 8, 8)).shape == (0, 5)

@@ -45,7 +45,7 @@ class WinogradConvolutions(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.conv2d and _all_plain(types) and not _is_elsewhere():
+        if func is torch.conv2d and _all_plain(types) and not is_transformed("cpu"):
             given = _DEFAULTS | dict(zip(_PARAMETERS, args, strict=False)) | kwargs
             if _is_same_convolution(given) and suits(given["input"], given["weight"]):
                 return winograd_convolution(given["input"], given["weight"], given["bias"])
@@ -57,8 +57,10 @@ def _all_plain(types: Iterable[type]) -> bool:
     return all(t in (Tensor, torch.nn.Parameter) for t in types)
 
 
-def _is_elsewhere() -> bool:
-    return torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active()
+def is_transformed(device_type: str) -> bool:
+    """Whether autocast, a transform of torch.func or a compiler is at work: our kernels leave these to torch's own."""
+    transforms: bool = torch._C._are_functorch_transforms_active()
+    return torch.is_autocast_enabled(device_type) or transforms or torch.compiler.is_compiling()
 
 
 def _is_same_convolution(given: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
-from ceat_fast.ensemble.convolutions import winograd_convolutions
+from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.folding import refuse
 from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
@@ -155,8 +155,8 @@ class Ensemble(nn.Module):
         return [member(row) for member, row in zip(members, rows, strict=True)]
 
     def _run_fused(self, x: Tensor, per_member: bool) -> Tensor | None:
-        """None where "auto" has to run them another way."""
-        if self._not_fusable or x.numel() == 0:
+        """None where they have to run another way."""
+        if self._not_fusable or x.numel() == 0 or is_transformed(x.device.type):
             return None
         sample = x[:1, 0] if per_member else x[:1]
         outputs: dict[int, Tensor] = {}

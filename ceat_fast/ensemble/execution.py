@@ -63,7 +63,9 @@ class Execution:
         return cls(members, **dict.fromkeys(options, True))
 
     def arrange(self, x: Tensor) -> Tensor:
-        """`x` in this execution's memory format; what is no image batch stays as it is."""
+        """`x` in this execution's memory format; what is no image batch, or inside torch.vmap, stays as it is."""
+        if torch._C._are_functorch_transforms_active():
+            return x
         if (self.channels_last or self.members == "fused") and x.dim() == 4:
             return x.contiguous(memory_format=torch.channels_last)
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.choices import require_choice
-from ceat_fast.ensemble.convolutions import winograd_convolutions
+from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
 from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
@@ -43,8 +44,7 @@ def frozen(model: nn.Module, precision: str = "fp32", *, bn_mode: str = "eval") 
         ValueError: an unknown precision or bn_mode, or one that needs a copy of what cannot be copied.
     """
     require_choice("bn_mode", bn_mode, BN_MODES)
-    view = _current_view(model, resolve_precision(precision, model), bn_mode)
-    with view.in_use(), _at_rest(view.own_modules(model)):
+    with _in_use(model, resolve_precision(precision, model), bn_mode) as view, _at_rest(view.own_modules(model)):
         yield view.module or model
 
 
@@ -61,8 +61,7 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
 
 def unfolded(model: nn.Module) -> list[str]:
     """What attacks on `model` run as it is and why, a line for each BatchNorm or module."""
-    view = _current_view(model, "fp32", "eval")
-    with view.in_use():
+    with _in_use(model, "fp32", "eval") as view:
         return list(view.unfolded)
 
 
@@ -70,13 +69,14 @@ class _View:
     """What stands in for a model. On a CPU its tensors take memory only while it is in use.
 
     Attributes:
+        users: blocks that use it now.
         module: the module to attack; None if it is the model itself (the view must not keep the model alive).
         unfolded: what runs as it is and why.
     """
 
     def __init__(self, model: nn.Module, precision: str, bn_mode: str) -> None:
         self.unfolded: list[str] = []
-        self._users = 0
+        self.users = 0
         self._ensemble_settings = _ensemble_settings(model)
         dtype = DTYPES[precision]
         batch_statistics = bn_mode == "batch"
@@ -131,18 +131,8 @@ class _View:
         if isinstance(self.module, Ensemble | _FullPrecision):
             self.module.weights_changed()
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep what was refreshed; afterwards release it, unless somebody else uses it still."""
-        self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give back the memory of what `refresh` wrote, on a CPU."""
         for folded in self._copies:
             if folded is not None:
                 folded.release()
@@ -151,7 +141,23 @@ class _View:
             self.module.release()
 
 
+_entrance = RLock()  # of blocks: one thread must not release what another one refreshes
 _views: WeakKeyDictionary[nn.Module, dict[tuple[str, str], _View]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _in_use(model: nn.Module, precision: str, bn_mode: str) -> Iterator[_View]:
+    """The view of the model as it is now; the last one who leaves releases it."""
+    with _entrance:
+        view = _current_view(model, precision, bn_mode)
+        view.users += 1
+    try:
+        yield view
+    finally:
+        with _entrance:
+            view.users -= 1
+            if not view.users:
+                view.release()
 
 
 def _current_view(model: nn.Module, precision: str, bn_mode: str) -> _View:
@@ -208,7 +214,7 @@ class _FullPrecision(nn.Module):
         if self._is_released:
             refuse()
         on_cpu = x.device.type == "cpu" and winograd.missing() is None
-        if on_cpu and self._is_fusable and x.numel():
+        if on_cpu and self._is_fusable and x.numel() and not is_transformed("cpu"):
             try:
                 self._fused = self._fused or FusedMembers([self.module], x[:1])
                 return self._fused(x)
