@@ -2,7 +2,9 @@
 
     python bench/device_time.py [--json FILE] [--device cuda]
 
+loss           the loss op, value and both gradients, and a copy that moves as many bytes
 convolutions   3x3, all members: torch's one after the other, and ours with residual and ReLU; the gradient with both
+chains         a stage of ResNet-20 as one launch, and its gradient
 attack         PGD-10 in each execution
 training       clean and adversarial forward, loss and backward in each execution
 step           attack, losses, backward and optimizer as the trainer makes them, on the host's clock
@@ -20,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from contenders import Setting, our_attack, our_step
 from rich.console import Console
@@ -31,13 +34,19 @@ from ceat_fast import Ensemble
 from ceat_fast.ensemble.graphs import beside, capture
 from ceat_fast.environment import describe_environment
 from ceat_fast.loss import ceat_loss
-from ceat_fast.ops import convolution
+from ceat_fast.ops import convolution, dispatch, native
+from ceat_fast.ops.chain import Chain, Link
 from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.reference import CeatSettings
 
 WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels and sides of ResNet-20's stages
 ATTACKS = ("loop", "loop+channels_last", "streams", "streams+channels_last", "vmap", "fused")
 TRAININGS = ("loop", "loop+channels_last", "streams", "streams+channels_last")
+LOSSES = ((3, 128, 10), (3, 128, 100), (3, 1024, 1000), (4, 65536, 10), (3, 16384, 1000))
+_LINKS = 6
 _REPLAYS = 9
+_BEYOND_CACHES = 1 << 29  # bytes
+_SMALL = 1 << 20
 
 
 def seconds(call: Callable[[], object], device: str, repeats: int = 1) -> float:
@@ -58,6 +67,53 @@ def seconds(call: Callable[[], object], device: str, repeats: int = 1) -> float:
     return statistics.median(times)
 
 
+def loss(setting: Setting) -> dict[str, float]:
+    """Tensors larger than the caches take turns."""
+    settings = CeatSettings(1.0, peers.LAM, peers.MU, peers.LAM, peers.MU, float("inf"), 0, 1, False)
+    module = dispatch.module(dispatch.backend_name("auto", torch.device(setting.device).type))
+    found = {}
+    for dtype, (members, batch, classes) in itertools.product((torch.float32, torch.bfloat16), LOSSES):
+        moved = 4 * members * batch * classes * dtype.itemsize  # two logits in, two gradients out
+        turns = max(1, min(32, _BEYOND_CACHES // moved)) if moved > _SMALL else 1
+        size = turns, members, batch, classes
+        adv, nat = (torch.randn(size, device=setting.device).to(dtype) for _ in range(2))
+        sources = torch.zeros(turns, moved // 2, device=setting.device, dtype=torch.uint8)
+        target = torch.randint(0, classes, (batch,), device=setting.device)
+
+        def losses(adv=adv, nat=nat, target=target) -> object:
+            return [module.ceat_loss(a, n, target, settings, True, False) for a, n in zip(adv, nat, strict=True)]
+
+        def copies(sources=sources) -> object:
+            return [source.clone() for source in sources]
+
+        name = f"{members}x{batch}x{classes} {str(dtype).removeprefix('torch.')}"
+        found[name] = seconds(losses, setting.device, 100 if turns == 1 else 1) / turns
+        found[f"{name}, copy"] = seconds(copies, setting.device, 100 if turns == 1 else 1) / turns
+    return found
+
+
+def chains(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if dtype != torch.bfloat16 or native.missing("cuda") is not None or not setting.device.startswith("cuda"):
+        return found
+    for width, side in WIDTHS:
+        x, grad = (
+            torch.randn(setting.members, setting.batch, side, side, width, device=setting.device, dtype=dtype)
+            for _ in range(2)
+        )
+        links = []
+        for number in range(_LINKS):
+            weight = torch.randn(setting.members, width, 3, 3, width, device=setting.device, dtype=dtype)
+            bias = torch.randn(setting.members, width, device=setting.device, dtype=dtype)
+            links.append(Link(MemberWeights(weight / (3 * width**0.5), bias, 1), number % 2 == 1, relu=True))
+        chain = Chain(links)
+        _, masks = chain.run(x, None, masked=True)
+        time_of = partial(seconds, device=setting.device, repeats=10)
+        found[f"{_LINKS} of {width}@{side}"] = time_of(partial(chain.run, x, None, masked=True))
+        found[f"{_LINKS} of {width}@{side}, gradient"] = time_of(partial(chain.input_gradient, grad, masks))
+    return found
+
+
 def convolutions(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
     found = {}
     for width, side in WIDTHS:
@@ -73,7 +129,7 @@ def convolutions(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
 
         time_of = partial(seconds, device=setting.device, repeats=10)
         found[f"{width}@{side}, torch"] = time_of(by_torch)
-        if convolution.missing(torch.device(setting.device).type) is None:
+        if convolution.missing(torch.device(setting.device).type, dtype) is None:
             ours = MemberWeights(weight, bias, 1)
             found[f"{width}@{side}, ours"] = time_of(partial(ours.convolve, x, residual, relu=True))
             found[f"{width}@{side}, ours, gradient"] = time_of(
@@ -115,7 +171,11 @@ def measure(setting: Setting, dtype: torch.dtype, console: Console) -> dict[str,
             )
         },
     }
-    report: dict[str, dict[str, float]] = {"convolutions": convolutions(setting, dtype)}
+    report: dict[str, dict[str, float]] = {
+        "loss": loss(setting) if on_gpu else {},
+        "convolutions": convolutions(setting, dtype),
+        "chains": chains(setting, dtype),
+    }
     for part, ways in parts.items():
         report[part] = {name: way() for name, way in ways.items()}
     table = Table("part", "way", "microseconds")

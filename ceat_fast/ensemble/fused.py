@@ -1,7 +1,8 @@
 """Frozen members of one architecture as one network, each of whose layers is one launch for all members.
 
 The members lie along the batch: (M * B, C, H, W), channels last. What treats samples alike (pooling, additions) runs on
-it as it is. A 3x3 or 1x1 convolution becomes one of all members, which takes the addition and the ReLU behind it along;
+it as it is. A 3x3 or 1x1 convolution becomes one of all members, which takes the addition and the ReLU behind it along,
+and convolutions behind each other become one launch where they can (`chains`);
 any other module with tensors of its own is vmapped over the members on a GPU, and called for one after the other on a
 CPU. torch.fx finds them.
 
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
+from ceat_fast.ensemble.chains import MemberChain, with_chains
 from ceat_fast.ops import convolution
 from ceat_fast.ops.buffers import Buffers
 from ceat_fast.ops.convolution import MemberWeights
@@ -75,9 +77,7 @@ class FusedMembers:
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
         self._buffers.open()
-        for step in self.program.steps:
-            if isinstance(step, _Convolution):
-                step.layer.weights.refresh()
+        self.program.refresh()
 
     def release(self) -> None:
         """Drop what was made from weights on a CPU, and memory that is kept, until `refresh`."""
@@ -171,6 +171,10 @@ class MemberConvolution:
             raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
         skip = None if residual is None else self._rows(residual)
         return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
+
+    def filled_rows(self, x: Tensor) -> Tensor:
+        """(M * B, ., H, W) -> (M, B, H, W, C), filled up with zeros to the channels of the kernel."""
+        return self._filled(x, self.weights.channels)
 
     def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         """See `MemberWeights.input_gradient`; `like` is the input."""
@@ -269,25 +273,55 @@ class _Operation:
         return bool(in_place or kwargs.get("inplace") or getattr(self.call, "inplace", False))
 
 
+_Step = _Convolution | _Operation | MemberChain[_Convolution]
+
+
+def _uses(output: fx.Node, steps: Sequence[_Step]) -> Counter[fx.Node]:
+    """How often each value is asked for."""
+    return Counter([output, *(node for step in steps for node in step.inputs)])
+
+
 class _Program:
     """The steps of the network in order."""
 
     def __init__(self, graph: fx.Graph, members: Sequence[nn.Module]) -> None:
-        self.steps, chains = _steps(graph, members)
+        self.steps, names = _steps(graph, members)
         self._input = next(node for node in graph.nodes if node.op == "placeholder")
         (returned,) = next(node for node in graph.nodes if node.op == "output").args
         assert isinstance(returned, fx.Node)
-        self._output = chains.get(returned, returned)
-        self._uses = Counter([self._output, *(node for step in self.steps for node in step.inputs)])
+        self._output = names.get(returned, returned)
+        self._uses = _uses(self._output, self.steps)
+        self._shape = self._input.meta["shape"][1:]
+        self._chained = with_chains(self.steps, _Convolution, self._uses)
+        self._chained_uses = _uses(self._output, self._chained)
+
+    def refresh(self) -> None:
+        """Take over weights that were changed in place."""
+        for step in self.steps:
+            if isinstance(step, _Convolution):
+                step.layer.weights.refresh()
+        for chained in self._chained:
+            if isinstance(chained, MemberChain):
+                chained.chain.refresh()
+
+    def _plan(self, x: Tensor) -> tuple[Sequence[_Step], Counter[fx.Node]]:
+        """The steps for such an input, and how often they use each value: chains are made for one size of images."""
+        return (self._chained, self._chained_uses) if x.shape[1:] == self._shape else (self.steps, self._uses)
 
     def run(self, x: Tensor, record: _Record | None = None) -> Tensor:
         """The network's output; `record` keeps what its gradient needs."""
         values: Values = {self._input: x}
-        left = Counter(self._uses)
-        for step in self.steps:
-            if isinstance(step, _Convolution):
+        steps, uses = self._plan(x)
+        left = Counter(uses)
+        for step in steps:
+            if isinstance(step, _Convolution | MemberChain):
                 residual = None if step.residual is None else values[step.residual]
-                values[step.output] = step.layer(values[step.x], residual, step.relu)
+                if isinstance(step, _Convolution):
+                    values[step.output] = step.layer(values[step.x], residual, step.relu)
+                else:
+                    values[step.output], masks = step.run(values[step.x], residual, masked=record is not None)
+                    if record is not None:
+                        record.masks[step.output] = masks
                 if record is not None and not record.attached.isdisjoint(step.inputs):
                     record.attached.add(step.output)
             elif record is None:
@@ -313,12 +347,15 @@ class _Program:
 
     def input_gradient(self, grad: Tensor, record: _Record) -> Tensor:
         """The gradient for the input, of the run that was recorded."""
-        grads = _Gradients(self._uses, record.values, {step.output: step for step in self.steps})
+        steps, uses = self._plan(record.values[self._input])
+        grads = _Gradients(uses, record.values, {step.output: step for step in steps})
         grads.add(self._output, grad)
-        for step in reversed(self.steps):
+        for step in reversed(steps):
             outer = grads.take(step.output)
             if isinstance(step, _Convolution):
                 grads.through_convolution(step, outer)
+            elif isinstance(step, MemberChain):
+                grads.through_chain(step, outer, record.masks[step.output])
             else:
                 inner = record.gradients(step, outer) if outer is not None else {}
                 for node in step.inputs:
@@ -332,10 +369,12 @@ class _Record:
 
     Attributes:
         attached: the values that depend on the input in a way that autograd knows.
+        masks: what chains left, by their outputs.
     """
 
     def __init__(self, entry: fx.Node) -> None:
         self.values: Values = {}
+        self.masks: dict[fx.Node, Tensor] = {}
         self.attached = {entry}
         self._made: dict[fx.Node, tuple[dict[fx.Node, Tensor], Any]] = {}
 
@@ -396,7 +435,22 @@ class _Gradients:
             self._gated.add(step.x)
         self.add(step.x, total)
 
+    def through_chain(self, step: MemberChain[_Convolution], grad: Tensor | None, masks: Tensor) -> None:
+        """The gradients of a chain's inputs, from that of its output: its ReLUs are its own."""
+        if grad is None:
+            for node in step.inputs:
+                self.add(node, None)
+            return
+        alone = self._left[step.x] == 1 and step.x not in self._sums and self._has_relu(step.x)
+        total, for_residual = step.input_gradient(grad, masks, self._values[step.x] if alone else None)
+        if alone:
+            self._gated.add(step.x)
+        self.add(step.x, total)
+        if step.residual is not None:
+            self.add(step.residual, for_residual)
+
     def _has_relu(self, node: fx.Node) -> bool:
+        """Whether a convolution left a ReLU's gradient to others."""
         maker = self._makers.get(node)
         return isinstance(maker, _Convolution) and maker.relu
 

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../tensor.h"
+#include "chain.h"
 #include "launch.h"
 
 namespace {
@@ -251,9 +252,102 @@ Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::opt
   return out;
 }
 
+// What both directions of a chain share; links have no weights yet.
+ChainArgs chain_of(const Tensor& x, const Tensor& weights, int64_t images) {
+  STD_TORCH_CHECK(x.dim() == 5, "x must be (M, B, H, W, C), got ", x.dim(), " dimensions");
+  ChainArgs args{};
+  args.members = int(x.size(0)), args.samples = x.size(1), args.channels = int(x.size(4));
+  args.height = int(x.size(2)), args.width = int(x.size(3)), args.images = int(images);
+  const int64_t channels = x.size(4), count = weights.size(0);
+  STD_TORCH_CHECK(channels == 16 || channels == 32 || channels == 64, "a chain has 16, 32 or 64 channels");
+  STD_TORCH_CHECK(args.height % 8 == 0 && (args.width == 8 || args.width % 16 == 0), "images of ", args.height, "x",
+                  args.width, " are no chain's");
+  STD_TORCH_CHECK(count >= 1 && count <= kMaxLinks, "a chain has up to ", kMaxLinks, " links, got ", count);
+  STD_TORCH_CHECK(weights.numel() == count * args.members * kChainTaps * channels * channels,
+                  "weights have a wrong size");
+  STD_TORCH_CHECK(args.members <= 65535, "at most 65,535 members, got ", args.members);
+  STD_TORCH_CHECK(images >= 1, "images must be at least 1, got ", images);
+  check_device(weights, x, "weights");
+  args.x = aligned_bf16(x, "x");
+  args.gated_by = -1;
+  args.tasks = chain_tasks(args.height, args.width, args.channels);
+  args.masks_of_sample = int(count);
+  args.count = int(count);
+  return args;
+}
+
+// Weights of link `number` among those of all links.
+const void* weights_of(const Tensor& weights, int64_t number) {
+  const char* data = static_cast<const char*>(aligned_bf16(weights, "weights"));
+  return data + number * (weights.numel() / weights.size(0)) * 2;
+}
+
+bool has_bit(int64_t bits, int64_t number) { return bits >> number & 1; }
+
+// Bit i of `residuals` and `relus` is about link i.
+std::tuple<Tensor, Tensor> member_chain(const Tensor& x, const Tensor& weights, const Tensor& bias,
+                                        const std::optional<Tensor>& residual, int64_t residuals, int64_t relus,
+                                        bool masked, int64_t images) {
+  const DeviceGuard guard(x.get_device_index());
+  ChainArgs args = chain_of(x, weights, images);
+  const int64_t members = args.members, channels = args.channels, count = args.count;
+  STD_TORCH_CHECK(bias.numel() == count * members * channels, "bias has a wrong size");
+  STD_TORCH_CHECK(residual.has_value() == has_bit(residuals, 0), "the first link's residual is given where it has one");
+  Tensor out = torch::stable::empty_like(x);
+  const ScalarType word = args.width == 8 ? ScalarType::Int : ScalarType::Long;
+  Tensor masks = masked ? empty(x, word, {members, args.samples, count, args.tasks, 32}) : empty(x, word, {0});
+  if (x.numel() == 0) return {out, masks};
+  args.residual = optional_bf16(residual, x.numel(), "residual");
+  args.out = out.mutable_data_ptr();
+  args.masks = data_or_null(masks);
+  const char* biases = static_cast<const char*>(aligned_bf16(bias, "bias"));
+  for (int64_t i = 0; i < count; ++i) {
+    args.links[i] = {weights_of(weights, i), biases + i * members * channels * 2, int(i), has_bit(residuals, i),
+                     has_bit(relus, i),      false};
+  }
+  check_launch(launch_chain(args, current_stream(x)), "member_chain");
+  return {out, masks};
+}
+
+// The gradients for x and for the first link's residual, if it has one, of a chain that left these masks. `weights` are
+// those of each link with channels and filters exchanged.
+std::tuple<Tensor, Tensor> member_chain_gradient(const Tensor& grad, const Tensor& weights, const Tensor& masks,
+                                                 const std::optional<Tensor>& gate, int64_t residuals, int64_t relus,
+                                                 int64_t images) {
+  const DeviceGuard guard(grad.get_device_index());
+  ChainArgs args = chain_of(grad, weights, images);
+  const int64_t count = args.count;
+  const int64_t words = args.members * args.samples * count * args.tasks * 32;
+  STD_TORCH_CHECK(masks.numel() == words && masks.is_contiguous() &&
+                      masks.scalar_type() == (args.width == 8 ? ScalarType::Int : ScalarType::Long),
+                  "masks are not those of such a chain");
+  Tensor out = torch::stable::empty_like(grad);
+  Tensor for_residual = has_bit(residuals, 0) ? torch::stable::empty_like(grad) : empty(grad, grad.scalar_type(), {0});
+  if (grad.numel() == 0) return {out, for_residual};
+  args.gate = optional_bf16(gate, grad.numel(), "gate");
+  args.out = out.mutable_data_ptr();
+  args.before_last = data_or_null(for_residual);
+  args.masks = const_cast<void*>(masks.const_data_ptr());
+  args.turned = true;
+  args.gated_by = has_bit(relus, count - 1) ? int(count - 1) : -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t link = count - 1 - i;  // of the forward pass; its input came out of the one before
+    args.links[i] = {weights_of(weights, link),
+                     nullptr,
+                     int(link - 1),
+                     i > 0 && has_bit(residuals, link + 1),
+                     false,
+                     link > 0 && has_bit(relus, link - 1)};
+  }
+  check_launch(launch_chain(args, current_stream(grad)), "member_chain_gradient");
+  return {out, for_residual};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ceat_fast, CUDA, m) {
+  m.impl("member_chain_native", TORCH_BOX(&member_chain));
+  m.impl("member_chain_gradient_native", TORCH_BOX(&member_chain_gradient));
   m.impl("member_convolution_native", TORCH_BOX(&member_convolution));
   m.impl("ceat_loss_native", TORCH_BOX(&ceat_loss));
   m.impl("ensemble_cross_entropy_native", TORCH_BOX(&ensemble_cross_entropy));

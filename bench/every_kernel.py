@@ -1,0 +1,76 @@
+"""Every kernel of the package once, in all its variants, on small problems: what compute-sanitizer is to watch.
+
+compute-sanitizer --tool memcheck python bench/every_kernel.py
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from ceat_fast.ops import dispatch
+from ceat_fast.ops.chain import Chain, Link
+from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.reference import CeatSettings
+
+LOSS_SIZES = ((3, 33, 10), (2, 5, 7), (3, 9, 100), (2, 3, 1000), (2, 2, 3000), (40, 3, 5))  # every way to hold a row
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+IMAGES = ((8, 8), (16, 16), (8, 32))
+
+
+def losses(impl: str) -> None:
+    for dtype, (members, batch, classes), reduction in itertools.product(DTYPES, LOSS_SIZES, (0, 1)):
+        adv, nat = (torch.randn(members, batch, classes, device="cuda").to(dtype) for _ in range(2))
+        target = torch.randint(0, classes, (batch,), device="cuda")
+        settings = CeatSettings(1.0, 1.0, 5.0, 1.0, 5.0, float("inf"), 0, reduction, False)
+        module = dispatch.module(impl)
+        _, adv_grad, nat_grad, _ = module.ceat_loss(adv, nat, target, settings, True, True)
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        module.scale_gradients(adv_grad, nat_grad, torch.rand(members, device="cuda", dtype=kind))
+        module.ensemble_cross_entropy(adv, target, reduction, True)
+
+
+def steps(impl: str) -> None:
+    for dtype, shape in itertools.product((torch.float32, torch.float64), ((3, 5), (2, 3, 32, 32))):
+        x, grad = (torch.rand(shape, device="cuda", dtype=dtype) for _ in range(2))
+        dispatch.module(impl).pgd_step(x, grad, x, 0.01, 0.03)
+
+
+def convolutions(impl: str) -> None:
+    dtype = torch.bfloat16 if impl == "native" else torch.float32
+    for channels, filters, stride, point in itertools.product((16, 32, 64), (16, 32, 64), (1, 2), (False, True)):
+        weight = torch.randn(2, filters, 3, 3, channels, device="cuda", dtype=dtype)
+        weights = MemberWeights(weight, weight.new_ones(2, filters), stride, point)
+        x = torch.randn(2, 3, 7, 9, channels, device="cuda", dtype=dtype)
+        out = weights.convolve(x, None, relu=True)
+        weights.convolve(x, out, relu=True)
+        weights.input_gradient(out, 7, 9, x, x)
+
+
+def chains() -> None:
+    for channels, side, count in itertools.product((16, 32, 64), IMAGES, (1, 4)):
+        size = 2, 5, *side, channels
+        x, other = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        links = []
+        for number in range(count):
+            weight = torch.randn(2, channels, 3, 3, channels, device="cuda", dtype=torch.bfloat16)
+            bias = torch.randn(2, channels, device="cuda", dtype=torch.bfloat16)
+            links.append(Link(MemberWeights(weight, bias, 1), number % 2 == 0, relu=number != 2))
+        chain = Chain(links)
+        out, masks = chain.run(x, other, masked=True)
+        chain.input_gradient(out, masks, x)
+
+
+def main() -> None:
+    for impl in ("native", "triton"):
+        losses(impl)
+        steps(impl)
+        convolutions(impl)
+    chains()
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
