@@ -32,7 +32,6 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("ceat_fast::member_chain_native")
 def _fake(
     x: Tensor, weights: Tensor, bias: Tensor, residual: Any, residuals: int, relus: int, masked: bool, images: int
 ) -> tuple[Tensor, Tensor]:
@@ -42,11 +41,14 @@ def _fake(
     return torch.empty_like(x), x.new_empty(size if masked else (0,), dtype=dtype)
 
 
-@torch.library.register_fake("ceat_fast::member_chain_gradient_native")
 def _fake_gradient(
     grad: Tensor, weights: Tensor, masks: Tensor, gate: Any, residuals: int, relus: int, images: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), torch.empty_like(grad) if residuals & 1 else grad.new_empty(0)
+
+
+torch.library.register_fake("ceat_fast::member_chain_native", _fake)
+torch.library.register_fake("ceat_fast::member_chain_gradient_native", _fake_gradient)
 
 
 @dataclass(frozen=True)
