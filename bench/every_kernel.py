@@ -24,7 +24,7 @@ def losses(impl: str) -> None:
         adv, nat = (torch.randn(members, batch, classes, device="cuda").to(dtype) for _ in range(2))
         target = torch.randint(0, classes, (batch,), device="cuda")
         settings = CeatSettings(1.0, 1.0, 5.0, 1.0, 5.0, float("inf"), 0, reduction, False)
-        module = dispatch.module(impl)
+        module = dispatch.module(dispatch.backend_name(impl, "cuda"))
         _, adv_grad, nat_grad, _ = module.ceat_loss(adv, nat, target, settings, True, True)
         kind = torch.float64 if dtype == torch.float64 else torch.float32
         module.scale_gradients(adv_grad, nat_grad, torch.rand(members, device="cuda", dtype=kind))
@@ -34,14 +34,15 @@ def losses(impl: str) -> None:
 def steps(impl: str) -> None:
     for dtype, shape in itertools.product((torch.float32, torch.float64), ((3, 5), (2, 3, 32, 32))):
         x, grad = (torch.rand(shape, device="cuda", dtype=dtype) for _ in range(2))
-        dispatch.module(impl).pgd_step(x, grad, x, 0.01, 0.03)
+        dispatch.pgd_step(x, grad, x, 0.01, 0.03, impl=impl)
 
 
 def convolutions(impl: str) -> None:
     dtype = torch.bfloat16 if impl == "native" else torch.float32
     for channels, filters, stride, point in itertools.product((16, 32, 64), (16, 32, 64), (1, 2), (False, True)):
         weight = torch.randn(2, filters, 3, 3, channels, device="cuda", dtype=dtype)
-        weights = MemberWeights(weight, weight.new_ones(2, filters), stride, point)
+        kernel = "cuda" if impl == "native" else "triton"
+        weights = MemberWeights(weight, weight.new_ones(2, filters), stride, point, kernel=kernel)
         x = torch.randn(2, 3, 7, 9, channels, device="cuda", dtype=dtype)
         out = weights.convolve(x, None, relu=True)
         weights.convolve(x, out, relu=True)

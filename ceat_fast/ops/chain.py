@@ -120,12 +120,12 @@ class Chain:
         return output
 
     def _images(self, x: Tensor) -> int:
-        """How many images a thread block takes: enough tasks for its warps, but work for all multiprocessors."""
+        """How many images a thread block takes: enough tasks for its warps, but blocks for all multiprocessors."""
         members, samples, height, width, channels = x.shape
         tasks = _tasks(height, width, channels)
         warps = _THREADS[channels] // 32
         room = (_shared_memory(x.device) - _bytes(height, width, channels, 0)) // _image_bytes(height, width, channels)
-        share = members * samples // _multiprocessors(x.device)
+        share = -(-members * samples // _multiprocessors(x.device))
         return max(1, min(warps // tasks, room, share))
 
 

@@ -28,6 +28,7 @@ namespace ceat::cuda {
 constexpr int kRows = 8;                 // of a task
 constexpr int kTaskFilters = 16;         // two column tiles of the matrix units
 constexpr int kChannelsOfPlane = 8;      // 16 bytes
+constexpr int kPixelsOfMatrix = 8;
 
 // Sums of one task: [tile][column tile][element of the lane].
 template <bool kWide>
@@ -54,48 +55,65 @@ struct Filters {
   bool turned;
 };
 
+// Pixels from one tile of a task to the next, and the first pixel of the first one.
 template <bool kWide>
-__device__ inline int first_pixel(const Task& task, const Image& image, int tile) {
-  return kWide ? (task.row + tile) * image.width + task.column : (task.row + 2 * tile) * image.width;
+__device__ inline int tile_step(const Image& image) {
+  return kWide ? image.width : 2 * kPixelsOfMatrix;
 }
 
-// The lane's word of two channels in a place.
-__device__ inline uint32_t* word_of(uint4* place, const Image& image, int plane, int pixel, int lane) {
-  return reinterpret_cast<uint32_t*>(place + plane * image.pixels + pixel + lane / 4) + lane % 4;
+__device__ inline int first_pixel(const Task& task, const Image& image) {
+  return task.row * image.width + task.column;
 }
 
-// Calls body(tile, column tile, half, word): all words of the lane in a place, of two elements each.
+// Calls body(number, word) for all words of the lane in a place, of two channels each, numbered in the order of its
+// sums: two of each column tile of each tile.
 template <bool kWide, class Body>
 __device__ inline void for_words(const Task& task, const Image& image, uint4* place, int lane, const Body& body) {
+  constexpr int kWordsOfPixel = sizeof(uint4) / sizeof(uint32_t);
+  uint4* pixel = place + task.filter / kChannelsOfPlane * image.pixels + first_pixel(task, image) + lane / 4;
+  uint32_t* word = reinterpret_cast<uint32_t*>(pixel) + lane % 4;
+  const int step = tile_step<kWide>(image) * kWordsOfPixel, plane = image.pixels * kWordsOfPixel;
 #pragma unroll
   for (int tile = 0; tile < Sums<kWide>::kTiles; ++tile) {
+    uint32_t* of_tile = word + tile * step;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      uint32_t* word =
-          word_of(place, image, task.filter / kChannelsOfPlane + n, first_pixel<kWide>(task, image, tile), lane);
-      body(tile, n, 0, word);
-      body(tile, n, 1, word + 4 * 8);  // 8 pixels further
+      body(4 * tile + 2 * n, of_tile + n * plane);
+      body(4 * tile + 2 * n + 1, of_tile + n * plane + kPixelsOfMatrix * kWordsOfPixel);
     }
   }
 }
 
-// Bits of a lane: one for each of its sums.
+// What of a lane's words is positive. Word i has bits i % 16 and i % 16 + 16 of entry i / 16.
 template <bool kWide>
-__device__ inline uint64_t mask_bit(int tile, int n, int element) {
-  return uint64_t(1) << ((tile * 2 + n) * 4 + element);
-}
+struct Mask {
+  static constexpr int kWords = 16, kEntries = 4 * Sums<kWide>::kTiles / kWords;
+  uint32_t bits[kEntries];
 
-template <bool kWide>
-__device__ inline uint64_t load_mask(const void* masks, int64_t task, int lane) {
-  using Word = std::conditional_t<kWide, uint64_t, uint32_t>;
-  return static_cast<const Word*>(masks)[task * kWarpSize + lane];
-}
+  __device__ void load(const void* masks, int64_t task, int lane) {
+    const uint32_t* from = static_cast<const uint32_t*>(masks) + (task * kWarpSize + lane) * kEntries;
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) bits[i] = from[i];
+  }
 
-template <bool kWide>
-__device__ inline void store_mask(void* masks, int64_t task, int lane, uint64_t bits) {
-  using Word = std::conditional_t<kWide, uint64_t, uint32_t>;
-  static_cast<Word*>(masks)[task * kWarpSize + lane] = Word(bits);
-}
+  __device__ void store(void* masks, int64_t task, int lane) const {
+    uint32_t* to = static_cast<uint32_t*>(masks) + (task * kWarpSize + lane) * kEntries;
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) to[i] = bits[i];
+  }
+
+  // Notes a word of two numbers without a sign: what is not 0, NaN included, lets a gradient through. To be called for
+  // all words in order: each moves what is there one bit down.
+  __device__ void note(int number, uint32_t word) {
+    uint32_t& of = bits[number / kWords];
+    of = (of >> 1) | ((word + 0x7fff7fffu) & 0x80008000u);
+  }
+
+  __device__ uint32_t gated(int number, uint32_t word) const {
+    // The two bits at the top of the two halves, then all over them.
+    return word & spread_signs(bits[number / kWords] << (kWords - 1 - number % kWords));
+  }
+};
 
 // Weights of the three taps of column v, for 16 channels and the task's filters.
 template <int kChannels>
@@ -116,20 +134,22 @@ template <int kChannels>
 __device__ inline void convolve_wide(Sums<true>& sums, const Task& task, const Image& image, uint32_t place,
                                      uint32_t zeros, const Filters& filters, int lane) {
   const int column = task.column + lane % 16;
-#pragma unroll 1
+#pragma unroll(kChannels == 16 ? 3 : 1)
   for (int v = 0; v < 3; ++v) {
     const bool inside = column + v >= 1 && column + v <= image.width;
 #pragma unroll 1
     for (int step = 0; step < kChannels / 16; ++step) {
       uint2 taps[3][2];
       load_taps<kChannels>(taps, filters, v, step, task.filter, lane);
+      // A lane whose pixels lie outside reads zeros in every row.
       const int first = (2 * step + lane / 16) * image.pixels + task.row * image.width + column + v - 1;
+      const uint32_t from = inside ? place + uint32_t(first) * 16 : zeros, row = inside ? image.width * 16 : 0;
 #pragma unroll
       for (int i = -1; i <= kRows; ++i) {
         if (i == -1 && task.row == 0) continue;
         if (i == kRows && task.row + kRows == image.height) continue;
         uint32_t a[4];
-        load_matrices(a, inside ? place + uint32_t(first + i * image.width) * 16 : zeros);
+        load_matrices(a, from + i * row);
 #pragma unroll
         for (int u = 0; u < 3; ++u) {
           const int r = i + 1 - u;
@@ -180,82 +200,104 @@ __device__ inline void convolve_narrow(Sums<false>& sums, const Task& task, cons
   }
 }
 
+// Adds what stands where the sums will go, as a product with the identity: one instruction where unpacking takes ten.
+template <bool kWide>
+__device__ inline void add_place(Sums<kWide>& sums, const Task& task, const Image& image, const uint4* place, int lane) {
+  constexpr uint32_t kOne = 0x3f80;  // of bf16
+  const uint32_t diagonal = lane / 4 / 2 == lane % 4 ? kOne << lane / 4 % 2 * 16 : 0;
+  const uint2 lower{diagonal, 0}, upper{0, diagonal};
+  const int plane = task.filter / kChannelsOfPlane + lane / 16;
+  const uint32_t from = shared_address(place + plane * image.pixels + first_pixel(task, image) + lane % 16);
+#pragma unroll
+  for (int tile = 0; tile < Sums<kWide>::kTiles; ++tile) {
+    uint32_t a[4];
+    load_matrices(a, from + tile * tile_step<kWide>(image) * 16);
+    multiply_add(sums.of[tile][0], a[0], a[1], a[2], a[3], lower);
+    multiply_add(sums.of[tile][1], a[0], a[1], a[2], a[3], upper);
+  }
+}
+
+// Sums that begin with the bias.
+template <int kChannels, bool kWide>
+__device__ inline void begin_sums(Sums<kWide>& sums, const void* bias, int64_t member, int filter, int lane) {
+  float2 of[2] = {};
+  if (bias != nullptr) {
+    const uint32_t* from = static_cast<const uint32_t*>(bias) + (member * kChannels + filter) / 2 + lane % 4;
+    of[0] = unpack(from[0]);
+    of[1] = unpack(from[4]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * Sums<kWide>::kTiles; ++i) {
+    float(&sum)[4] = sums.of[i / 2][i % 2];
+    sum[0] = sum[2] = of[i % 2].x;
+    sum[1] = sum[3] = of[i % 2].y;
+  }
+}
+
 // One link for one task: reads one place, writes the other.
 template <int kChannels, bool kWide>
 __device__ inline void run_link(const ChainArgs& args, int number, const Task& task, const Image& image,
                                 const Filters& filters, uint32_t zeros, int64_t member, int lane) {
-  constexpr int kPlanes = kChannels / kChannelsOfPlane;
   const ChainLink& link = args.links[number];
   const int64_t mask_at = task.masks + int64_t(link.mask) * args.tasks + task.number;
-  // What is needed behind the sums is on its way meanwhile.
-  float2 bias[2] = {};
-  if (link.bias != nullptr) {
-    const uint32_t* from = static_cast<const uint32_t*>(link.bias) + (member * kChannels + task.filter) / 2 + lane % 4;
-    bias[0] = unpack(from[0]);
-    bias[1] = unpack(from[4]);
-  }
-  const uint64_t gates = link.gated ? load_mask<kWide>(args.masks, mask_at, lane) : 0;
-
-  Sums<kWide> sums{};
-  const int size = kPlanes * image.pixels;
+  Mask<kWide> mask{};
+  if (link.gated) mask.load(args.masks, mask_at, lane);  // on its way meanwhile
+  const int size = kChannels / kChannelsOfPlane * image.pixels;
   const uint32_t from = shared_address(task.image + number % 2 * size);
+  uint4* to = task.image + (1 - number % 2) * size;
+
+  Sums<kWide> sums;
+  begin_sums<kChannels, kWide>(sums, link.bias, member, task.filter, lane);
+  if (link.residual) add_place<kWide>(sums, task, image, to, lane);
   if constexpr (kWide) {
     convolve_wide<kChannels>(sums, task, image, from, zeros, filters, lane);
   } else {
     convolve_narrow<kChannels>(sums, task, image, from, zeros, filters, lane);
   }
 
-  uint64_t positive = 0;
-  for_words<kWide>(task, image, task.image + (1 - number % 2) * size, lane, [&](int tile, int n, int half, uint32_t* word) {
-    float first = sums.of[tile][n][2 * half] + bias[n].x, second = sums.of[tile][n][2 * half + 1] + bias[n].y;
-    if (link.residual) {
-      const float2 other = unpack(*word);
-      first += other.x;
-      second += other.y;
-    }
-    if (link.relu) {
-      // NaN stays NaN, and lets a gradient through.
-      positive |= first <= 0 ? 0 : mask_bit<kWide>(tile, n, 2 * half);
-      positive |= second <= 0 ? 0 : mask_bit<kWide>(tile, n, 2 * half + 1);
-      first = first < 0 ? 0 : first;
-      second = second < 0 ? 0 : second;
-    }
-    if (link.gated) {
-      first = gates & mask_bit<kWide>(tile, n, 2 * half) ? first : 0;
-      second = gates & mask_bit<kWide>(tile, n, 2 * half + 1) ? second : 0;
-    }
-    *word = pack(first, second);
-  });
-  if (link.relu && args.masks != nullptr) store_mask<kWide>(args.masks, mask_at, lane, positive);
-}
-
-// Images of 16-byte pieces: in device memory by pixel, in a place by plane.
-template <int kPlanes, class Body>
-__device__ inline void for_pieces(const Image& image, int images, const Body& body) {
-  const int pieces = kPlanes * image.pixels;
-  for (int i = int(threadIdx.x); i < images * pieces; i += int(blockDim.x)) {
-    const int of_image = i % pieces;
-    body(i, i / pieces * 2 * pieces + of_image % kPlanes * image.pixels + of_image / kPlanes);
+  const auto pair = [&](int word) { return &sums.of[word / 4][word / 2 % 2][word % 2 * 2]; };
+  if (link.relu) {
+    for_words<kWide>(task, image, to, lane, [&](int number, uint32_t* word) {
+      const float* values = pair(number);
+      *word = pack_positive(values[0], values[1]);
+      mask.note(number, *word);
+    });
+    if (args.masks != nullptr) mask.store(args.masks, mask_at, lane);
+  } else if (link.gated) {
+    for_words<kWide>(task, image, to, lane, [&](int number, uint32_t* word) {
+      *word = mask.gated(number, pack(pair(number)[0], pair(number)[1]));
+    });
+  } else {
+    for_words<kWide>(task, image, to, lane,
+                     [&](int number, uint32_t* word) { *word = pack(pair(number)[0], pair(number)[1]); });
   }
 }
 
-// Stores a place, where `gate` is given only what it lets through.
-template <int kPlanes>
-__device__ inline void store_place(void* to, const void* gate, int64_t offset, const uint4* place, const Image& image,
-                                   int images) {
-  for_pieces<kPlanes>(image, images, [&](int piece, int at) {
-    uint4 values = place[at];
-    if (gate != nullptr) {
-      const uint4 gates = static_cast<const uint4*>(gate)[offset + piece];
-      const uint32_t of_gate[4] = {gates.x, gates.y, gates.z, gates.w};
-      uint32_t of[4] = {values.x, values.y, values.z, values.w};
+// Calls body(number, place) for the 16-byte pieces of an image: in device memory they lie by pixel, in a place by plane.
+template <int kPlanes, class Body>
+__device__ inline void for_pieces(const Image& image, const Body& body) {
+  for (int i = int(threadIdx.x); i < kPlanes * image.pixels; i += int(blockDim.x)) {
+    body(i, i % kPlanes * image.pixels + i / kPlanes);
+  }
+}
+
+__device__ inline uint4 gated_by(uint4 values, const uint4& gates) {
+  const uint32_t of_gate[4] = {gates.x, gates.y, gates.z, gates.w};
+  uint32_t of[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 other = unpack(of_gate[i]), value = unpack(of[i]);
-        of[i] = pack(other.x <= 0 ? 0 : value.x, other.y <= 0 ? 0 : value.y);
-      }
-      values = make_uint4(of[0], of[1], of[2], of[3]);
-    }
+  for (int i = 0; i < 4; ++i) {
+    const float2 other = unpack(of_gate[i]), value = unpack(of[i]);
+    of[i] = pack(other.x <= 0 ? 0 : value.x, other.y <= 0 ? 0 : value.y);
+  }
+  return make_uint4(of[0], of[1], of[2], of[3]);
+}
+
+// Stores an image; with `gate` only what it lets through.
+template <int kPlanes>
+__device__ inline void store_image(void* to, const void* gate, int64_t offset, const uint4* place, const Image& image) {
+  for_pieces<kPlanes>(image, [&](int piece, int at) {
+    uint4 values = place[at];
+    if (gate != nullptr) values = gated_by(values, static_cast<const uint4*>(gate)[offset + piece]);
     static_cast<uint4*>(to)[offset + piece] = values;
   });
 }
@@ -277,9 +319,11 @@ __device__ inline void run_chain(const ChainArgs& args) {
   };
   const int64_t offset = (member * args.samples + first) * size;
   const auto start_place = [&](const void* tensor, int place) {
-    for_pieces<kPlanes>(image, images, [&](int piece, int at) {
-      start_copy(places + place * size + at, static_cast<const uint4*>(tensor) + offset + piece);
-    });
+    for (int image_of = 0; image_of < images; ++image_of) {
+      uint4* to = places + (2 * image_of + place) * size;
+      const uint4* from = static_cast<const uint4*>(tensor) + offset + image_of * size;
+      for_pieces<kPlanes>(image, [&](int piece, int at) { start_copy(to + at, from + piece); });
+    }
   };
   if (threadIdx.x == 0) *zeros = make_uint4(0, 0, 0, 0);
   start_place(args.x, 0);
@@ -287,25 +331,23 @@ __device__ inline void run_chain(const ChainArgs& args) {
   start_weights(0);
 
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
-  const int columns = kWide ? image.width / 16 : 1, strips = image.height / kRows * columns;
   const auto for_tasks = [&](const auto& body) {
     for (int i = warp; i < images * args.tasks; i += int(blockDim.x) / kWarpSize) {
-      const int of_image = i / args.tasks, number = i % args.tasks, strip = number % strips;
+      const int of_image = int(divide(uint32_t(i), args.by_tasks)), number = i - of_image * args.tasks;
+      const int group = int(divide(uint32_t(number), args.by_strips)), strip = number - group * int(args.by_strips.value);
+      const int line = int(divide(uint32_t(strip), args.by_columns)), column = strip - line * int(args.by_columns.value);
       const int64_t sample = member * args.samples + first + of_image;
-      body(Task{places + of_image * 2 * size, sample * args.masks_of_sample * args.tasks, number,
-                strip / columns * kRows, strip % columns * 16, number / strips * kTaskFilters});
+      body(Task{places + of_image * 2 * size, sample * args.masks_of_sample * args.tasks, number, line * kRows,
+                column * 16, group * kTaskFilters});
     }
   };
   if (args.gated_by >= 0) {
     finish_copies();
     for_tasks([&](const Task& task) {
-      const uint64_t gates =
-          load_mask<kWide>(args.masks, task.masks + int64_t(args.gated_by) * args.tasks + task.number, lane);
-      for_words<kWide>(task, image, task.image, lane, [&](int tile, int n, int half, uint32_t* word) {
-        const float2 values = unpack(*word);
-        *word = pack(gates & mask_bit<kWide>(tile, n, 2 * half) ? values.x : 0,
-                     gates & mask_bit<kWide>(tile, n, 2 * half + 1) ? values.y : 0);
-      });
+      Mask<kWide> mask;
+      mask.load(args.masks, task.masks + int64_t(args.gated_by) * args.tasks + task.number, lane);
+      for_words<kWide>(task, image, task.image, lane,
+                       [&](int number, uint32_t* word) { *word = mask.gated(number, *word); });
     });
   }
   for (int link = 0; link < args.count; ++link) {
@@ -318,9 +360,13 @@ __device__ inline void run_chain(const ChainArgs& args) {
     });
   }
   __syncthreads();
-  store_place<kPlanes>(args.out, args.gate, offset, places + args.count % 2 * size, image, images);
-  if (args.before_last != nullptr) {
-    store_place<kPlanes>(args.before_last, nullptr, offset, places + (1 - args.count % 2) * size, image, images);
+  for (int image_of = 0; image_of < images; ++image_of) {
+    const uint4* of = places + 2 * image_of * size;
+    const int64_t to = offset + image_of * size;
+    store_image<kPlanes>(args.out, args.gate, to, of + args.count % 2 * size, image);
+    if (args.before_last != nullptr) {
+      store_image<kPlanes>(args.before_last, nullptr, to, of + (1 - args.count % 2) * size, image);
+    }
   }
 }
 

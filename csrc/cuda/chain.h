@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "divisor.h"
 #include "plan.h"
 
 namespace ceat::cuda {
@@ -31,14 +32,20 @@ struct ChainArgs {
   int gated_by;              // mask that x is gated by at the start, or -1
   int channels, members, height, width, tasks;
   int images;                // of a thread block
+  Divisor by_tasks, by_strips, by_columns;
   int64_t samples;
   bool turned;               // tap (u, v) has the weights of (2 - u, 2 - v)
   int count;
   ChainLink links[kMaxLinks];
 };
 
-constexpr int chain_tasks(int height, int width, int channels) {
-  return height / 8 * (width == 8 ? 1 : width / 16) * (channels / 16);
+// Tasks are numbered by group of 16 filters, then by 8 rows, then by 16 columns.
+inline void set_tasks(ChainArgs& args) {
+  const int columns = args.width == 8 ? 1 : args.width / 16, strips = args.height / 8 * columns;
+  args.tasks = strips * (args.channels / 16);
+  args.by_tasks = divisor(uint32_t(args.tasks));
+  args.by_strips = divisor(uint32_t(strips));
+  args.by_columns = divisor(uint32_t(columns));
 }
 
 // Bytes of shared memory that a block with so many images needs.

@@ -12,6 +12,7 @@
 //   filter of column tile n, column c              F = 16: 4 (c / 2) + 2n + c % 2
 //                                                  else: 32 (n / 4) + 8 (c / 2) + 2 (n % 4) + c % 2
 #include "elements.cuh"
+#include "matrix.cuh"
 
 namespace ceat::cuda {
 
@@ -65,34 +66,6 @@ __device__ inline void store_words(Half* to, const uint32_t (&from)[kWords]) {
   }
 }
 
-__device__ inline float2 unpack(uint32_t word) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
-}
-
-__device__ inline uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ inline void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
-}
-
-// Starts to copy 16 bytes to shared memory.
-__device__ inline void start_copy(uint4* to, const uint4* from) {
-  const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from));
-}
-
-__device__ inline void finish_copy() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();
-}
-
 // Where the taps of an output pixel lie in the input. Tap (u, v) of the pixel is `steps(u)` rows and `steps(v)` columns
 // away from the base; bit 3 u + v of `inside` says whether it is part of the image.
 struct Source {
@@ -119,10 +92,6 @@ __device__ inline uint32_t taps_inside(int coordinate, int size, int* at) {
     inside |= uint32_t(met && place >= 0 && place < size) << tap;
   }
   return inside;
-}
-
-__device__ inline uint32_t divide(uint32_t number, const Divisor& by) {
-  return (__umulhi(number, by.multiplier) + number) >> by.shift;
 }
 
 template <int kChannels, Direction kDirection>
@@ -190,7 +159,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, kFilters == 16 ? 3 : 5)
     sources[i / 2][i % 2] = source_of<kChannels, kDirection>(args, input, first + 8 * i, pixels);
   }
   float sums[kPixelTiles][kTiles][4] = {};
-  finish_copy();
+  finish_copies();
 
   const uint2* weights = reinterpret_cast<const uint2*>(shared) + lane;
   for (int u = args.point ? 1 : 0; u < (args.point ? 2 : 3); ++u) {

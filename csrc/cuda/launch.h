@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../loss_math.h"
+#include "divisor.h"
 #include "plan.h"
 
 namespace ceat::cuda {
@@ -79,18 +80,6 @@ const char* launch_scale_gradients(const ScaleArgs& args, void* stream);
 // How output pixels find their taps: the sum over (u, v) of in[s r + u - 1, s q + v - 1] W[u, v] with the stride s, or
 // the gradient of that with stride 2 for its input, in[(r + 1 - u) / 2, (q + 1 - v) / 2] W[u, v] where 2 divides both.
 enum class Direction { kStride1, kStride2, kTransposed2 };
-
-// Division of numbers below 2^31 by one that is known when a kernel is launched: on a GPU a division takes as long as
-// twenty multiplications (Granlund and Montgomery, 1994).
-struct Divisor {
-  uint32_t value, multiplier, shift;
-};
-constexpr Divisor divisor(uint32_t value) {
-  uint32_t shift = 0;
-  while ((uint64_t(1) << shift) < value) ++shift;
-  const uint64_t rest = (uint64_t(1) << shift) - value;
-  return {value, uint32_t((rest << 32) / value + 1), shift};
-}
 
 // bf16, contiguous, aligned to 16 bytes: x (M, B, height, width, channels) and out, residual and gate
 // (M, B, out_height, out_width, filters); bias (M, filters). Where gate is not positive, out is 0.

@@ -5,7 +5,13 @@
 
 #include <cstdint>
 
+#include "divisor.h"
+
 namespace ceat::cuda {
+
+__device__ inline uint32_t divide(uint32_t number, const Divisor& by) {
+  return (__umulhi(number, by.multiplier) + number) >> by.shift;
+}
 
 // Two bf16 in one word, and the two as floats.
 __device__ inline float2 unpack(uint32_t word) {
@@ -16,6 +22,20 @@ __device__ inline uint32_t pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+
+// The same with 0 for what is negative; NaN stays NaN.
+__device__ inline uint32_t pack_positive(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t word;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return pack(low < 0 ? 0 : low, high < 0 ? 0 : high);
+#endif
+}
+
+// For each half of the word 16 times its highest bit.
+__device__ inline uint32_t spread_signs(uint32_t word) { return __byte_perm(word, 0, 0xbb99); }
 
 // sum += a b for a (16, 16) and b (16, 8). With lane = 4 g + t, the lane holds
 //   a    rows g, g + 8, g, g + 8; columns 2 t and 2 t + 1, in the last two words 8 further

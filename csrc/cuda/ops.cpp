@@ -270,7 +270,7 @@ ChainArgs chain_of(const Tensor& x, const Tensor& weights, int64_t images) {
   check_device(weights, x, "weights");
   args.x = aligned_bf16(x, "x");
   args.gated_by = -1;
-  args.tasks = chain_tasks(args.height, args.width, args.channels);
+  set_tasks(args);
   args.masks_of_sample = int(count);
   args.count = int(count);
   return args;

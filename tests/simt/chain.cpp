@@ -46,7 +46,7 @@ int main() {
     link.mask = number(), link.residual = number(), link.relu = number(), link.gated = number();
     has_bias.push_back(number());
   }
-  args.tasks = chain_tasks(args.height, args.width, args.channels);
+  set_tasks(args);
   const size_t bytes = size_t(args.members) * args.samples * args.height * args.width * args.channels * 2;
   const auto x = read(bytes), residual = read(has_residual * bytes), gate = read(has_gate * bytes);
   std::vector<std::vector<uint8_t>> kept;

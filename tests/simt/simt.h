@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../../csrc/cuda/divisor.h"
+
 #define __device__
 #define CEAT_DYNAMIC_SHARED(name) uint4* name = reinterpret_cast<uint4*>(simt::shared.data())
 
@@ -126,6 +128,10 @@ inline void run_block(Place block, int count, size_t shared_bytes, const std::fu
 
 namespace ceat::cuda {
 
+inline uint32_t divide(uint32_t number, const Divisor& by) {
+  return (uint32_t(uint64_t(number) * by.multiplier >> 32) + number) >> by.shift;
+}
+
 inline float widen_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -142,6 +148,9 @@ inline uint32_t bf16_bits(float value) {
 
 inline float2 unpack(uint32_t word) { return {widen_bits(word << 16), widen_bits(word & 0xffff0000u)}; }
 inline uint32_t pack(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+
+inline uint32_t pack_positive(float low, float high) { return pack(low < 0 ? 0 : low, high < 0 ? 0 : high) & 0x7fff7fffu; }
+inline uint32_t spread_signs(uint32_t word) { return (word >> 15 & 1) * 0xffffu | (word >> 31) * 0xffff0000u; }
 
 inline void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {
   const int lane = simt::current % simt::kLanes;
