@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,11 +15,11 @@ from torch.nn import functional as F
 
 from ceat_fast import Ensemble
 from ceat_fast.ensemble import chains, frozen
-from ceat_fast.ensemble.fused import FusedMembers
+from ceat_fast.ensemble.fused import _Convolution
 from ceat_fast.models import build_model
-from ceat_fast.ops import chain, native
+from ceat_fast.ops import chain, convolution, native
 from ceat_fast.ops.chain import Chain, Link
-from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.convolution import MemberWeights, pack
 
 BF16 = torch.bfloat16
 SOURCE = Path(__file__).parent / "simt" / "chain.cpp"
@@ -199,17 +200,39 @@ def _run_back(grad, weights, masks, gate, residuals, relus, images):
     return grad if gate is None else grad * (gate > 0), after if residuals & 1 else grad.new_empty(0)
 
 
+def _unpacked(weights, shape):
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    return weights.new_empty(len(numbers.flatten())).scatter_(0, pack(numbers).flatten(), weights.flatten()).view(shape)
+
+
+def _convolve_members(x, weights, bias, residual, gate, filters, height, width, direction, point, flipped, relu):
+    members, channels = x.shape[0], x.shape[4]
+    taps = _unpacked(weights, (members, 1 if point else 9, channels, filters))
+    taps = F.pad(taps, (0, 0, 0, 0, 4, 4)) if point else taps
+    kernels = taps.flip(1 if flipped else ()).unflatten(1, (3, 3)).permute(0, 4, 3, 1, 2)
+    rows = []
+    for row, own in zip(x.permute(0, 1, 4, 2, 3), kernels, strict=True):
+        if direction == 2:
+            size = x.shape[1], filters, height, width
+            rows.append(torch.nn.grad.conv2d_input(size, own.transpose(0, 1), row, stride=2, padding=1))
+        else:
+            rows.append(F.conv2d(row, own, stride=1 + direction, padding=1))
+    out = torch.stack(rows).permute(0, 1, 3, 4, 2)
+    out = out if bias is None else out + bias[:, None, None, None]
+    out = out if residual is None else out + residual
+    out = out.relu() if relu else out
+    return (out if gate is None else out * (gate > 0)).contiguous()
+
+
 @pytest.fixture
-def chains_on_cpu(monkeypatch):
+def cuda_kernels_on_cpu(monkeypatch):
     library = torch.library.Library("ceat_fast", "IMPL")
     library.impl("member_chain_native", _run, "CPU")
     library.impl("member_chain_gradient_native", _run_back, "CPU")
-
-    def suits(weights, height, width):
-        kind = weights.stride, weights.point, weights.filters
-        return kind == (1, False, weights.channels) and weights.channels in (16, 32, 64) and height % 8 == 0
-
-    monkeypatch.setattr(chains, "suits", suits)
+    library.impl("member_convolution_native", _convolve_members, "CPU")
+    monkeypatch.setattr(chain, "_shared_memory", lambda device: 200_000)
+    monkeypatch.setattr(convolution, "_fastest", lambda weights: "cuda")
+    monkeypatch.setattr(convolution, "width", lambda channels, kind: max(16, channels))
     monkeypatch.setattr(Chain, "_images", lambda self, x: 1)
     yield
     library._destroy()
@@ -241,22 +264,26 @@ class Crossed(nn.Module):
         (Crossed, (16, 8), [1, 2, 1, 2, 1]),
     ],
 )
-def test_networks_in_chains(chains_on_cpu, build, side, lengths):
+def test_networks_in_chains(cuda_kernels_on_cpu, build, side, lengths):
     torch.manual_seed(0)
     members = [build().eval() for _ in range(2)]
     for module in (module for member in members for module in member.modules()):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    with frozen(Ensemble(members, "fused")) as view:
-        for size in (side, (8, 24)):  # chains are made for the first
-            x = torch.rand(2, 3, *size, requires_grad=True)
+    ensemble = Ensemble(members, "fused")
+    for size in (side, (8, 24), side):  # chains are made for the first
+        x = torch.rand(2, 3, *size, requires_grad=True)
+        with frozen(ensemble) as view:
             plain = torch.stack([member(x) for member in members])
             ours = view.member_logits(x)
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
             grads = [torch.autograd.grad(logits.logsumexp(-1).sum() + logits[0].sum(), x) for logits in (ours, plain)]
             torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * grads[1][0].abs().max().item())
-        (_, fused), *_ = view._fused
-        assert isinstance(fused, FusedMembers)
-        found = [step for step in fused.program._chained if isinstance(step, chains.MemberChain)]
-        assert [len(step.convolutions) for step in found] == lengths
+        with torch.no_grad():
+            for parameter in ensemble.parameters():
+                parameter.mul_(1.1)
+    ((_, fused),) = view._fused
+    found = [step for step in fused.program._chained if isinstance(step, chains.MemberChain)]
+    assert [len(step.convolutions) for step in found] == lengths
+    assert not any(step.layer.is_tied for step in fused.program.steps if isinstance(step, _Convolution))

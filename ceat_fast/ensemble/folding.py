@@ -209,13 +209,17 @@ def _fold(source: nn.Module, pairs: Sequence[Pair], eps: Tensor) -> tuple[list[T
         for name, value in (("weight", 1.0), ("bias", 0.0))
     )
     scale = scale * gamma
-    bias = torch.cat([_vector(c.bias, norm.running_mean, 0.0) for c, norm in zip(convolutions, norms, strict=True)])
+    shift = -mean
+    if any(c.bias is not None for c in convolutions):
+        shift = (
+            torch.cat([_vector(c.bias, n.running_mean, 0.0) for c, n in zip(convolutions, norms, strict=True)]) - mean
+        )
     scales = [
         part.view(-1, *[1] * (c.weight.dim() - 1))
         for part, c in zip(torch.split(scale, sizes), convolutions, strict=True)
     ]
     weights = list(torch._foreach_mul([c.weight for c in convolutions], scales))
-    return weights, list(torch.split(scale * (bias - mean) + beta, sizes))
+    return weights, list(torch.split(scale * shift + beta, sizes))
 
 
 def _vector(tensor: Tensor | None, like: Tensor, value: float) -> Tensor:

@@ -24,6 +24,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
 from ceat_fast.ensemble.chains import MemberChain, with_chains
+from ceat_fast.ensemble.layouts import Layouts
 from ceat_fast.ops import convolution
 from ceat_fast.ops.buffers import Buffers
 from ceat_fast.ops.convolution import MemberWeights
@@ -142,24 +143,44 @@ class MemberConvolution:
     """A convolution of every member.
 
     A 1x1 convolution is a 3x3 one of whose taps only the middle one is not 0; channels are filled up with zeros to a
-    width of the kernel. The members' own weights become views into storage of all.
+    width of the kernel. Unless the kernels are CUDA's, the members' own weights become views into storage of all.
     """
 
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         first = layers[0]
-        self.members, self.channels = len(layers), first.in_channels
+        self.layers, self.members, self.channels = layers, len(layers), first.in_channels
         width = convolution.width(first.in_channels, first.weight.device.type)
         assert width is not None
-        size = self.members, first.out_channels, 3, 3, width
-        storage, biases = first.weight.new_zeros(size), first.weight.new_zeros(size[:2])
-        point = first.kernel_size == (1, 1)
-        middle = slice(1, 2) if point else slice(None)
-        for layer, weight, bias in zip(layers, storage, biases, strict=True):
-            own = weight[:, middle, middle, : first.in_channels].permute(0, 3, 1, 2)
-            layer.weight.data = own.copy_(layer.weight)
-            if layer.bias is not None:
-                layer.bias.data = bias.copy_(layer.bias)
-        self.weights = MemberWeights(storage, biases, first.stride[0], point, inputs=first.in_channels)
+        self._width, self._point = width, first.kernel_size == (1, 1)
+        storage, bias = self.storage([layer.weight for layer in layers], self.biases())
+        self.weights = MemberWeights(storage, bias, first.stride[0], self._point, inputs=first.in_channels)
+        # For the CUDA kernels all layers' weights are laid out at once, from the members' own tensors.
+        self.is_tied = self.weights.kernel != "cuda"
+        if self.is_tied:
+            for layer, weight, own_bias in zip(layers, storage, bias, strict=True):
+                layer.weight.data = self._own(weight)
+                if layer.bias is not None:
+                    layer.bias.data = own_bias
+
+    def biases(self) -> list[Tensor]:
+        """The members' biases, if they have some."""
+        return [layer.bias for layer in self.layers if layer.bias is not None]
+
+    def storage(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Weights (M, F, 3, 3, C) and biases (M, F) of all members, 0 where they have none."""
+        filters = self.layers[0].out_channels
+        storage = weights[0].new_zeros(self.members, filters, 3, 3, self._width)
+        bias = weights[0].new_zeros(self.members, filters)
+        for place, weight in zip(storage, weights, strict=True):
+            self._own(place).copy_(weight)
+        for place, own in zip(bias, biases, strict=False):
+            place.copy_(own)
+        return storage, bias
+
+    def _own(self, weight: Tensor) -> Tensor:
+        """The part of a member's storage (F, 3, 3, C) that its weights (F, ., ., .) are in."""
+        middle = slice(1, 2) if self._point else slice(None)
+        return weight[:, middle, middle, : self.channels].permute(0, 3, 1, 2)
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last.
@@ -294,15 +315,17 @@ class _Program:
         self._shape = self._input.meta["shape"][1:]
         self._chained = with_chains(self.steps, _Convolution, self._uses)
         self._chained_uses = _uses(self._output, self._chained)
+        untied = [step.layer for step in self.steps if isinstance(step, _Convolution) and not step.layer.is_tied]
+        chains = [step.chain for step in self._chained if isinstance(step, MemberChain)]
+        self._layouts = Layouts(untied, chains) if untied else None
 
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
+        if self._layouts is not None:
+            self._layouts.refresh()
         for step in self.steps:
-            if isinstance(step, _Convolution):
+            if isinstance(step, _Convolution) and step.layer.is_tied:
                 step.layer.weights.refresh()
-        for chained in self._chained:
-            if isinstance(chained, MemberChain):
-                chained.chain.refresh()
 
     def _plan(self, x: Tensor) -> tuple[Sequence[_Step], Counter[fx.Node]]:
         """The steps for such an input, and how often they use each value: chains are made for one size of images."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.convolution import MemberWeights, taps_of
 
 MAX_LINKS = 48
 _THREADS = {16: 128, 32: 128, 64: 384}  # of a thread block, by channels, as in csrc/cuda/chain.cu
@@ -77,22 +77,26 @@ class Chain:
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = list(links)
-        first = links[0].weights
-        self._channels = first.channels
-        size = len(links), *_by_lane(first.taps).shape
-        self._forward, self._backward = (first.bias.new_empty(size) for _ in range(2))
-        self._bias = first.bias.new_empty(len(links), *first.bias.shape)
         self._residuals = sum(link.residual << number for number, link in enumerate(links))
         self._relus = sum(link.relu << number for number, link in enumerate(links))
         self.refresh()
 
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
-        for number, link in enumerate(self.links):
-            taps = link.weights.taps
-            self._forward[number].copy_(_by_lane(taps))
-            self._backward[number].copy_(_by_lane(taps.transpose(2, 3)))
-        torch.stack([link.weights.bias for link in self.links], out=self._bias)
+        self.read_from(*self.layouts([(link.weights.weights, link.weights.bias) for link in self.links]))
+
+    def layouts(self, stored: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """What the kernels read of links with these weights (M, C, 3, 3, C) and biases: forward, backward, biases."""
+        matrices = [taps_of(weights) for weights, _ in stored]
+        return [
+            torch.stack([_by_lane(taps) for taps in matrices]),
+            torch.stack([_by_lane(taps.transpose(2, 3)) for taps in matrices]),
+            torch.stack([bias for _, bias in stored]),
+        ]
+
+    def read_from(self, forward: Tensor, backward: Tensor, bias: Tensor) -> None:
+        """Take these layouts from now on, which somebody else keeps up to date."""
+        self._forward, self._backward, self._bias = forward, backward, bias
 
     def run(self, x: Tensor, residual: Tensor | None, *, masked: bool) -> tuple[Tensor, Tensor]:
         """-> (output (M, B, H, W, C), masks for `input_gradient` or, without `masked`, nothing).

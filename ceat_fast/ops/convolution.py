@@ -114,19 +114,30 @@ class MemberWeights:
         self.buffers = Buffers()
         self.buffers.close()
         self.channels_in = (inputs or self.channels) if self.kernel == "cpu" else self.channels
-        self.taps = weights.flatten(2, 3).permute(0, 2, 3, 1)  # (M, 9, C, F), a view
+        self.weights, self.taps = weights, taps_of(weights)
         self.refresh()
 
     def refresh(self) -> None:
         """Take over weights that were changed in place."""
         if self.kernel != "triton":
-            self._forward = self._packed(self.taps[:, :, : self.channels_in])
-            self._backward = self._packed(self.taps.transpose(2, 3), turned=True)
+            self._forward, self._backward = self._packed_both(self.taps)
+
+    def layouts(self, weights: Tensor, bias: Tensor) -> list[Tensor]:
+        """What the CUDA kernel reads of such weights and biases, beside them."""
+        return [weights, bias, *self._packed_both(taps_of(weights))]
+
+    def read_from(self, weights: Tensor, bias: Tensor, forward: Tensor, backward: Tensor) -> None:
+        """Take these layouts from now on, which somebody else keeps up to date."""
+        self.weights, self.taps, self.bias = weights, taps_of(weights), bias
+        self._forward, self._backward = forward, backward
 
     def release(self) -> None:
         """Drop the packed weights on a CPU, until `refresh`. On a GPU, graphs know their address."""
         if self.kernel == "cpu":
             del self._forward, self._backward
+
+    def _packed_both(self, taps: Tensor) -> tuple[Tensor, Tensor]:
+        return self._packed(taps[:, :, : self.channels_in]), self._packed(taps.transpose(2, 3), turned=True)
 
     def _packed(self, taps: Tensor, *, turned: bool = False) -> Tensor:
         """Matrices (M, 9, ., .) as the native kernel reads them; `turned` if for the gradient."""
@@ -192,6 +203,11 @@ def _fastest(weights: Tensor) -> str:
     narrow = weights.shape[4] in _CUDA_WIDTHS and weights.shape[1] in _CUDA_WIDTHS
     bf16 = weights.is_cuda and weights.dtype == torch.bfloat16
     return "cuda" if narrow and bf16 and native.missing("cuda") is None else "triton"
+
+
+def taps_of(weights: Tensor) -> Tensor:
+    """(M, F, 3, 3, C) -> matrices (M, 9, C, F), a view."""
+    return weights.flatten(2, 3).permute(0, 2, 3, 1)
 
 
 def pack(taps: Tensor) -> Tensor:
