@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--eps", default="8/255", help="radius for --run")
     parser.add_argument("--images", type=int, default=100, help="test images to judge")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
-    parser.add_argument("--chunk", type=int, default=50, help="images that a contender judges before the next one")
+    parser.add_argument("--chunk", type=int, help="images that a contender judges before the next one: 50, all on CUDA")
     parser.add_argument("--other_seed", action="store_true", help="also pyautoattack with another seed: chance alone")
     parser.add_argument("--root", help="folder of CIFAR-10")
     parser.add_argument("--runs", help="folder that keeps the trained ensembles; default: a temporary one")
@@ -232,7 +232,8 @@ def main() -> None:
         for name, model, data, eps in ensembles(arguments, Path(arguments.runs or temporary)):
             numbers = torch.arange(arguments.first, min(arguments.first + images, len(data.test_labels)))
             found = contenders(model, eps, settings, arguments.other_seed)
-            results[name] = compare(found, model, data, torch.split(numbers, arguments.chunk))
+            chunk = arguments.chunk or (len(numbers) if arguments.device.startswith("cuda") else 50)
+            results[name] = compare(found, model, data, torch.split(numbers, chunk))
             console.print(table(f"{name}, eps {eps:.4f}, {len(numbers)} images", results[name]))
             if "ceat_fast, mixed" not in found:
                 console.print(

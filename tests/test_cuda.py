@@ -205,6 +205,21 @@ def test_whole_searches_in_a_graph_as_on_the_cpu(backend, goal):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_searches_of_fused_members_in_a_graph_follow_the_weights(precision):
+    torch.manual_seed(0)
+    members = [digits_resnet().cuda().eval() for _ in range(2)]
+    plain, graphed = Ensemble(members, "fused"), Ensemble(members, "fused+graph")
+    x, y = (tensor.cuda() for tensor in images())
+    for turn in range(5):
+        attack = PGD(0.1, 0.02, 5, seed=turn, precision=precision)
+        found, right = (attack.perturb(ensemble, x.float(), y) for ensemble in (graphed, plain))
+        assert torch.equal(found, right)
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.mul_(0.7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_tuning_for_captured_steps(precision):
     ensemble = Ensemble([model.float() for model in models()]).cuda().train()
     x = images(32)[0].float().cuda()
