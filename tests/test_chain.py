@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from emulated import bf16_tensor, build_emulator, emulate
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +19,6 @@ from ceat_fast.ops.chain import Chain, Link
 from ceat_fast.ops.convolution import MemberWeights, pack
 
 BF16 = torch.bfloat16
-SOURCE = Path(__file__).parent / "simt" / "chain.cpp"
 on_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or native.missing("cuda") is not None, reason="needs a GPU and the CUDA library"
 )
@@ -79,35 +75,24 @@ def close(got, right):
     torch.testing.assert_close(got.double(), right.double(), rtol=0.02, atol=0.02 * right.double().abs().max().item())
 
 
-def raw(tensor):
-    return tensor.contiguous().view(torch.int16).numpy().tobytes()
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    program = tmp_path_factory.mktemp("simt") / "chain"
-    command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{SOURCE.parent}", "-o", program, SOURCE]
-    subprocess.run(command, check=True)
-    return program
+    return build_emulator("chain", tmp_path_factory.mktemp("simt"))
 
 
-def emulate(program, x, links, *, images, threads, turned=False, residual=None, gate=None, gated_by=-1, masks=b""):
+def run_emulated(program, x, links, *, images, threads, turned=False, residual=None, gate=None, gated_by=-1, masks=b""):
     """(out, before_last, masks) of the kernel; links: (taps, bias, mask, residual, relu, gated)."""
     members, samples, height, width, channels = x.shape
     flags = residual is not None, gate is not None, turned, True, turned
     numbers = [channels, members, samples, height, width, images, threads, len(links), len(links), gated_by, *flags]
-    for _, bias, *settings in links:
+    tensors = [x, residual, gate]
+    for taps, bias, *settings in links:
         numbers += [*settings, bias is not None]
-    parts = [numpy.array(numbers, numpy.int32).tobytes(), *(raw(t) for t in (x, residual, gate) if t is not None)]
-    for taps, bias, *_ in links:
-        parts += [raw(chain._by_lane(taps)), b"" if bias is None else raw(bias)]
-    found = subprocess.run([program], input=b"".join([*parts, masks]), capture_output=True, check=True).stdout
+        tensors += [chain._by_lane(taps), bias]
+    found = emulate(program, numbers, [*tensors, masks])
     count = 2 * x.numel()
-    images_of = [torch.frombuffer(bytearray(found[i * count : (i + 1) * count]), dtype=BF16) for i in range(1 + turned)]
-    return *(t.view(x.shape) for t in images_of), found[count * (1 + turned) :]
+    outputs = [bf16_tensor(found[i * count :], x.shape) for i in range(1 + turned)]
+    return *outputs, found[count * (1 + turned) :]
 
 
 @pytest.mark.parametrize(
@@ -126,13 +111,13 @@ def test_emulated_kernel(emulator, channels, side, members, samples, count, imag
     tasks = side[0] // 8 * max(1, side[1] // 16) * (channels // 16)
     masks = bytes(members * samples * count * tasks * 32 * (4 if side[1] == 8 else 8))
     links = [(problem.taps[i], problem.bias[i], i, problem.residuals[i], problem.relus[i], False) for i in range(count)]
-    out, masks = emulate(emulator, problem.x, links, residual=problem.residual, masks=masks, **settings)
+    out, masks = run_emulated(emulator, problem.x, links, residual=problem.residual, masks=masks, **settings)
     close(out, problem.values[-1])
     back = [
         (problem.taps[i].transpose(2, 3), None, max(i - 1, 0), i + 1 < count and problem.residuals[i + 1], False, i > 0)
         for i in reversed(range(count))
     ]
-    grad, for_residual, _ = emulate(
+    grad, for_residual, _ = run_emulated(
         emulator, problem.grad, back, turned=True, gate=problem.gate, gated_by=count - 1, masks=masks, **settings
     )
     right, right_for_residual = problem.right_gradients()

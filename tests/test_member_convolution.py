@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from emulated import bf16_tensor, build_emulator, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -78,6 +79,41 @@ class Problem:
         (grad,) = torch.autograd.grad(self.sums(x), x, self.grad.double())
         grad = grad + self.other.double() if residual else grad
         return grad * (self.gate > 0) if gate else grad
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    return build_emulator("convolution", tmp_path_factory.mktemp("simt"))
+
+
+@on_native
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, (7, 9), 16, 16, 1),
+        (1, 2, (6, 4), 16, 64, 1),
+        (1, 1, (5, 6), 64, 16, 1),
+        (2, 2, (7, 4), 16, 32, 2),
+        (1, 3, (6, 9), 32, 64, 2),
+        (1, 1, (4, 4), 64, 16, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("point", [False, True])
+def test_emulated_cuda_kernel(emulator, monkeypatch, shape, point):
+    """The convolution as MemberWeights calls it, on the kernel emulated on the host."""
+    problem = Problem(*shape, torch.bfloat16, point)
+
+    def call(x, weights, bias, residual, gate, filters, height, width, direction, point, flipped, relu):
+        members, samples, *sides, channels = x.shape
+        flags = point, flipped, relu, *(tensor is not None for tensor in (bias, residual, gate))
+        numbers = channels, filters, members, samples, *sides, height, width, direction, *flags
+        found = emulate(emulator, numbers, [x, weights, bias, residual, gate])
+        return bf16_tensor(found, (members, samples, height, width, filters))
+
+    monkeypatch.setattr(convolution, "_convolve", call)
+    monkeypatch.setattr(convolution, "width", lambda channels, kind: channels)
+    check(problem, 0.04, "cuda")
 
 
 def check(problem, bound, kernel=None):

@@ -18,16 +18,15 @@
 #include CEAT_SIMT  // emulation on the host, for tests
 #else
 #include "matrix.cuh"
-#define CEAT_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
 #endif
 
 #include "chain.h"
 
 namespace ceat::cuda {
 
-constexpr int kRows = 8;                 // of a task
-constexpr int kTaskFilters = 16;         // two column tiles of the matrix units
-constexpr int kChannelsOfPlane = 8;      // 16 bytes
+constexpr int kRows = 8;             // of a task
+constexpr int kTaskFilters = 16;     // two column tiles of the matrix units
+constexpr int kChannelsOfPlane = 8;  // 16 bytes
 constexpr int kPixelsOfMatrix = 8;
 
 // Sums of one task: [tile][column tile][element of the lane].
@@ -39,9 +38,9 @@ struct Sums {
 
 // One task's share of an image.
 struct Task {
-  uint4* image;  // two places, one after the other
-  int64_t masks;  // where the masks of its image begin, in tasks
-  int number;    // of the task in its image
+  uint4* image;             // two places, one after the other
+  int64_t masks;            // where the masks of its image begin, in tasks
+  int number;               // of the task in its image
   int row, column, filter;  // the first ones
 };
 
@@ -61,9 +60,7 @@ __device__ inline int tile_step(const Image& image) {
   return kWide ? image.width : 2 * kPixelsOfMatrix;
 }
 
-__device__ inline int first_pixel(const Task& task, const Image& image) {
-  return task.row * image.width + task.column;
-}
+__device__ inline int first_pixel(const Task& task, const Image& image) { return task.row * image.width + task.column; }
 
 // Calls body(number, word) for all words of the lane in a place, of two channels each, numbered in the order of its
 // sums: two of each column tile of each tile.
@@ -202,7 +199,8 @@ __device__ inline void convolve_narrow(Sums<false>& sums, const Task& task, cons
 
 // Adds what stands where the sums will go, as a product with the identity: one instruction where unpacking takes ten.
 template <bool kWide>
-__device__ inline void add_place(Sums<kWide>& sums, const Task& task, const Image& image, const uint4* place, int lane) {
+__device__ inline void add_place(Sums<kWide>& sums, const Task& task, const Image& image, const uint4* place,
+                                 int lane) {
   constexpr uint32_t kOne = 0x3f80;  // of bf16
   const uint32_t diagonal = lane / 4 / 2 == lane % 4 ? kOne << lane / 4 % 2 * 16 : 0;
   const uint2 lower{diagonal, 0}, upper{0, diagonal};
@@ -228,7 +226,7 @@ __device__ inline void begin_sums(Sums<kWide>& sums, const void* bias, int64_t m
   }
 #pragma unroll
   for (int i = 0; i < 2 * Sums<kWide>::kTiles; ++i) {
-    float(&sum)[4] = sums.of[i / 2][i % 2];
+    float (&sum)[4] = sums.of[i / 2][i % 2];
     sum[0] = sum[2] = of[i % 2].x;
     sum[1] = sum[3] = of[i % 2].y;
   }
@@ -273,7 +271,8 @@ __device__ inline void run_link(const ChainArgs& args, int number, const Task& t
   }
 }
 
-// Calls body(number, place) for the 16-byte pieces of an image: in device memory they lie by pixel, in a place by plane.
+// Calls body(number, place) for the 16-byte pieces of an image: in device memory they lie by pixel, in a place by
+// plane.
 template <int kPlanes, class Body>
 __device__ inline void for_pieces(const Image& image, const Body& body) {
   for (int i = int(threadIdx.x); i < kPlanes * image.pixels; i += int(blockDim.x)) {
@@ -334,8 +333,10 @@ __device__ inline void run_chain(const ChainArgs& args) {
   const auto for_tasks = [&](const auto& body) {
     for (int i = warp; i < images * args.tasks; i += int(blockDim.x) / kWarpSize) {
       const int of_image = int(divide(uint32_t(i), args.by_tasks)), number = i - of_image * args.tasks;
-      const int group = int(divide(uint32_t(number), args.by_strips)), strip = number - group * int(args.by_strips.value);
-      const int line = int(divide(uint32_t(strip), args.by_columns)), column = strip - line * int(args.by_columns.value);
+      const int group = int(divide(uint32_t(number), args.by_strips)),
+                strip = number - group * int(args.by_strips.value);
+      const int line = int(divide(uint32_t(strip), args.by_columns)),
+                column = strip - line * int(args.by_columns.value);
       const int64_t sample = member * args.samples + first + of_image;
       body(Task{places + of_image * 2 * size, sample * args.masks_of_sample * args.tasks, number, line * kRows,
                 column * 16, group * kTaskFilters});

@@ -31,10 +31,10 @@ struct ChainArgs {
   int masks_of_sample;       // each of `tasks` times 32 lanes; 8 bytes of a lane, 4 if the width is 8
   int gated_by;              // mask that x is gated by at the start, or -1
   int channels, members, height, width, tasks;
-  int images;                // of a thread block
+  int images;  // of a thread block
   Divisor by_tasks, by_strips, by_columns;
   int64_t samples;
-  bool turned;               // tap (u, v) has the weights of (2 - u, 2 - v)
+  bool turned;  // tap (u, v) has the weights of (2 - u, 2 - v)
   int count;
   ChainLink links[kMaxLinks];
 };

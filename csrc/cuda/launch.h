@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "../loss_math.h"
-#include "divisor.h"
 #include "plan.h"
 
 namespace ceat::cuda {
@@ -76,26 +75,5 @@ struct ScaleArgs {
   void *adv_out, *nat_out;
 };
 const char* launch_scale_gradients(const ScaleArgs& args, void* stream);
-
-// How output pixels find their taps: the sum over (u, v) of in[s r + u - 1, s q + v - 1] W[u, v] with the stride s, or
-// the gradient of that with stride 2 for its input, in[(r + 1 - u) / 2, (q + 1 - v) / 2] W[u, v] where 2 divides both.
-enum class Direction { kStride1, kStride2, kTransposed2 };
-
-// bf16, contiguous, aligned to 16 bytes: x (M, B, height, width, channels) and out, residual and gate
-// (M, B, out_height, out_width, filters); bias (M, filters). Where gate is not positive, out is 0.
-struct ConvolutionArgs {
-  const void *x, *weights;             // weights (M, taps, channels / 16, filters / 8, 32 lanes, 4), see convolution.cu
-  const void *bias, *residual, *gate;  // or null
-  void* out;
-  int members, channels, filters;
-  int64_t samples;
-  int height, width, out_height, out_width;
-  Divisor by_height, by_width;  // by out_height and out_width
-  Direction direction;
-  bool point;    // only the middle tap, and `weights` has no other
-  bool flipped;  // tap (u, v) has the weights of (2 - u, 2 - v)
-  bool relu;
-};
-const char* launch_convolution(const ConvolutionArgs& args, void* stream);
 
 }  // namespace ceat::cuda

@@ -9,6 +9,14 @@
 
 namespace ceat::cuda {
 
+#define CEAT_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
+
+// From memory that no thread of the launch writes.
+template <class T>
+__device__ inline T read_only(const T* from) {
+  return __ldg(from);
+}
+
 __device__ inline uint32_t divide(uint32_t number, const Divisor& by) {
   return (__umulhi(number, by.multiplier) + number) >> by.shift;
 }

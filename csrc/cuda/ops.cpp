@@ -10,6 +10,7 @@
 
 #include "../tensor.h"
 #include "chain.h"
+#include "convolution.h"
 #include "launch.h"
 
 namespace {
@@ -228,26 +229,27 @@ Tensor member_convolution(const Tensor& x, const Tensor& weights, const std::opt
   const DeviceGuard guard(x.get_device_index());
   Tensor out = empty(x, x.scalar_type(), {members, samples, out_height, out_width, filters});
   if (out.numel() == 0) return out;
-  const ConvolutionArgs args{aligned_bf16(x, "x"),
-                             aligned_bf16(weights, "weights"),
-                             optional_bf16(bias, members * filters, "bias"),
-                             optional_bf16(residual, out.numel(), "residual"),
-                             optional_bf16(gate, out.numel(), "gate"),
-                             out.mutable_data_ptr(),
-                             int(members),
-                             int(channels),
-                             int(filters),
-                             samples,
-                             int(x.size(2)),
-                             int(x.size(3)),
-                             int(out_height),
-                             int(out_width),
-                             divisor(uint32_t(out_height)),
-                             divisor(uint32_t(out_width)),
-                             Direction(direction),
-                             point,
-                             flipped,
-                             relu};
+  ConvolutionArgs args{aligned_bf16(x, "x"),
+                       aligned_bf16(weights, "weights"),
+                       optional_bf16(bias, members * filters, "bias"),
+                       optional_bf16(residual, out.numel(), "residual"),
+                       optional_bf16(gate, out.numel(), "gate"),
+                       out.mutable_data_ptr(),
+                       int(members),
+                       int(channels),
+                       int(filters),
+                       samples,
+                       int(x.size(2)),
+                       int(x.size(3)),
+                       int(out_height),
+                       int(out_width),
+                       {},
+                       {},
+                       Direction(direction),
+                       point,
+                       flipped,
+                       relu};
+  set_grid(args);
   check_launch(launch_convolution(args, current_stream(x)), "member_convolution");
   return out;
 }
@@ -302,8 +304,12 @@ std::tuple<Tensor, Tensor> member_chain(const Tensor& x, const Tensor& weights, 
   args.masks = data_or_null(masks);
   const char* biases = static_cast<const char*>(aligned_bf16(bias, "bias"));
   for (int64_t i = 0; i < count; ++i) {
-    args.links[i] = {weights_of(weights, i), biases + i * members * channels * 2, int(i), has_bit(residuals, i),
-                     has_bit(relus, i),      false};
+    args.links[i] = {weights_of(weights, i),
+                     biases + i * members * channels * 2,
+                     int(i),
+                     has_bit(residuals, i),
+                     has_bit(relus, i),
+                     false};
   }
   check_launch(launch_chain(args, current_stream(x)), "member_chain");
   return {out, masks};
@@ -332,12 +338,9 @@ std::tuple<Tensor, Tensor> member_chain_gradient(const Tensor& grad, const Tenso
   args.gated_by = has_bit(relus, count - 1) ? int(count - 1) : -1;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t link = count - 1 - i;  // of the forward pass; its input came out of the one before
-    args.links[i] = {weights_of(weights, link),
-                     nullptr,
-                     int(link - 1),
-                     i > 0 && has_bit(residuals, link + 1),
-                     false,
-                     link > 0 && has_bit(relus, link - 1)};
+    args.links[i] = {
+        weights_of(weights, link),           nullptr, int(link - 1), i > 0 && has_bit(residuals, link + 1), false,
+        link > 0 && has_bit(relus, link - 1)};
   }
   check_launch(launch_chain(args, current_stream(grad)), "member_chain_gradient");
   return {out, for_residual};

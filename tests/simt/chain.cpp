@@ -1,26 +1,16 @@
 // csrc/cuda/chain.cuh on the host. Reads a problem from standard input and writes its tensors to standard output.
 //
 //   numbers   channels members samples height width images threads count masks_of_sample gated_by
-//             has_residual has_gate wants_before_last keeps_masks turned; of each link: mask residual relu gated has_bias
+//             has_residual has_gate wants_before_last keeps_masks turned; of each link: mask residual relu gated
+//             has_bias
 //   tensors   x, residual, gate, weights and bias of each link, masks; then out, before_last, masks
 #define CEAT_SIMT "simt.h"
 #include "../../csrc/cuda/chain.cuh"
+#include "problem.h"
 
 using namespace ceat::cuda;
 
 namespace {
-
-std::vector<uint8_t> read(size_t bytes) {
-  std::vector<uint8_t> data(bytes);
-  if (std::fread(data.data(), 1, bytes, stdin) != bytes) simt::fail("the problem is too short");
-  return data;
-}
-
-int number() {
-  int32_t value;
-  std::memcpy(&value, read(4).data(), 4);
-  return value;
-}
 
 using Kernel = void (*)(const ChainArgs&);
 
@@ -56,8 +46,8 @@ int main() {
     kept.push_back(read(has_bias[i] * size_t(args.members) * args.channels * 2));
     args.links[i].bias = has_bias[i] ? kept.back().data() : nullptr;
   }
-  const size_t mask_bytes = size_t(args.members) * args.samples * args.masks_of_sample * args.tasks * kWarpSize *
-                            (args.width == 8 ? 4 : 8);
+  const size_t mask_bytes =
+      size_t(args.members) * args.samples * args.masks_of_sample * args.tasks * kWarpSize * (args.width == 8 ? 4 : 8);
   auto masks = read(keeps_masks * mask_bytes);
   std::vector<uint8_t> out(bytes), before_last(wants_before_last * bytes);
   args.x = x.data(), args.residual = has_residual ? residual.data() : nullptr;

@@ -18,7 +18,7 @@
 #define __device__
 #define CEAT_DYNAMIC_SHARED(name) uint4* name = reinterpret_cast<uint4*>(simt::shared.data())
 
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {
@@ -27,6 +27,7 @@ struct alignas(16) uint4 {
 struct float2 {
   float x, y;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace simt {
@@ -128,6 +129,11 @@ inline void run_block(Place block, int count, size_t shared_bytes, const std::fu
 
 namespace ceat::cuda {
 
+template <class T>
+T read_only(const T* from) {
+  return *from;
+}
+
 inline uint32_t divide(uint32_t number, const Divisor& by) {
   return (uint32_t(uint64_t(number) * by.multiplier >> 32) + number) >> by.shift;
 }
@@ -149,7 +155,9 @@ inline uint32_t bf16_bits(float value) {
 inline float2 unpack(uint32_t word) { return {widen_bits(word << 16), widen_bits(word & 0xffff0000u)}; }
 inline uint32_t pack(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 
-inline uint32_t pack_positive(float low, float high) { return pack(low < 0 ? 0 : low, high < 0 ? 0 : high) & 0x7fff7fffu; }
+inline uint32_t pack_positive(float low, float high) {
+  return pack(low < 0 ? 0 : low, high < 0 ? 0 : high) & 0x7fff7fffu;
+}
 inline uint32_t spread_signs(uint32_t word) { return (word >> 15 & 1) * 0xffffu | (word >> 31) * 0xffff0000u; }
 
 inline void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {
