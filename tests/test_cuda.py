@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_training import tiny_config, train
+from torch import nn
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import MIM, PGD, AutoAttack, keyed_uniform
@@ -229,12 +230,33 @@ def test_tuning_for_captured_steps(precision):
     torch.cuda.synchronize()
 
 
-def test_autoattack_flags_as_on_the_cpu():
+@pytest.mark.parametrize("backend", ["vmap", "auto"])
+def test_autoattack_flags_as_on_the_cpu(backend):
     x, y = images(24)
     attacks = ("apgd-ce", "apgd-t", "fab-t", "square")
     attack = AutoAttack("4/255", version="custom", attacks=attacks, steps=10, queries=50, seed=0)
     right = attack.run(Ensemble(models(), "loop").eval(), x, y)
-    found = attack.run(Ensemble(models(), "vmap").cuda().eval(), x.cuda(), y.cuda())
+    found = attack.run(Ensemble(models(), backend).cuda().eval(), x.cuda(), y.cuda())
+    assert torch.equal(found.fooled.cpu(), right.fooled)
+
+
+class WaitsForTheDevice(nn.Module):
+    """Its passes cannot be captured."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * float(x.flatten()[0].isfinite())
+
+
+def test_autoattack_on_members_that_no_graph_can_hold():
+    x, y = images(24)
+    attack = AutoAttack("4/255", version="custom", attacks=("apgd-ce", "square"), steps=5, queries=20, seed=0)
+    members = [WaitsForTheDevice(model) for model in models()]
+    right = attack.run(Ensemble(models(), "loop").eval(), x, y)
+    found = attack.run(Ensemble(members).cuda().eval(), x.cuda(), y.cuda())
     assert torch.equal(found.fooled.cpu(), right.fooled)
 
 

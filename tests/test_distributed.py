@@ -36,7 +36,7 @@ TIMES = ("seconds", "images_per_second")
 
 
 def torchrun(processes: int, *program: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)

@@ -40,11 +40,11 @@ def test_in_the_interpreter():
 class Problem:
     """Tensors of one convolution, and its values and gradients by torch in float64, member by member."""
 
-    def __init__(self, members, samples, side, channels, filters, stride, dtype, point=False):
+    def __init__(self, members, samples, side, channels, filters, stride, dtype, point=False, device=DEVICE):
         generator = torch.Generator().manual_seed(channels + filters + stride)
 
         def draw(*shape):
-            return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+            return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
         self.height, self.width = side
         self.stride, self.point = stride, point
@@ -102,7 +102,7 @@ def emulator(tmp_path_factory):
 @pytest.mark.parametrize("point", [False, True])
 def test_emulated_cuda_kernel(emulator, monkeypatch, shape, point):
     """The convolution as MemberWeights calls it, on the kernel emulated on the host."""
-    problem = Problem(*shape, torch.bfloat16, point)
+    problem = Problem(*shape, torch.bfloat16, point, "cpu")
 
     def call(x, weights, bias, residual, gate, filters, height, width, direction, point, flipped, relu):
         members, samples, *sides, channels = x.shape
@@ -148,7 +148,7 @@ def test_equals_torch_convolution(shape, point):
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 30, (13, 9), 32, 48, 1), (2, 40, (9, 11), 16, 32, 2)], ids=str)
 @pytest.mark.parametrize("point", [False, True])
 def test_on_the_cpu(shape, point):
-    check(Problem(*shape, torch.float32, point), 1e-4, "cpu")
+    check(Problem(*shape, torch.float32, point, "cpu"), 1e-4, "cpu")
 
 
 @on_native
@@ -165,14 +165,14 @@ def test_on_the_cpu(shape, point):
 )
 def test_any_size_on_the_cpu(members, samples, height, width, channels, filters, stride, point):
     shape = members, samples, (height, width), 16 * channels, 16 * filters, stride
-    check(Problem(*shape, torch.float32, point), 1e-4, "cpu")
+    check(Problem(*shape, torch.float32, point, "cpu"), 1e-4, "cpu")
 
 
 @on_native
 @pytest.mark.parametrize("inputs", [1, 3, 16, 17])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_channels_that_are_zeros_need_not_be_given(inputs, stride):
-    problem = Problem(2, 3, (9, 6), 32, 16, stride, torch.float32)
+    problem = Problem(2, 3, (9, 6), 32, 16, stride, torch.float32, device="cpu")
     problem.weight[..., inputs:] = 0.0
     weights = MemberWeights(problem.weight, problem.bias, stride, inputs=inputs, kernel="cpu")
     out = weights.convolve(problem.x[..., :inputs].contiguous(), problem.residual, relu=True)
@@ -184,7 +184,7 @@ def test_channels_that_are_zeros_need_not_be_given(inputs, stride):
 @on_native
 @pytest.mark.parametrize("stride", [1, 2])
 def test_nan_passes_a_relu_on_the_cpu(stride):
-    problem = Problem(1, 1, (4, 4), 16, 16, stride, torch.float32)
+    problem = Problem(1, 1, (4, 4), 16, 16, stride, torch.float32, device="cpu")
     problem.x[0, 0, 1, 1, 0] = torch.nan
     assert problem.weights("cpu").convolve(problem.x, relu=True).isnan().any()
 
@@ -197,7 +197,7 @@ def test_every_instruction_set_of_the_cpu(isa):
         "import torch\n"
         "from tests.test_member_convolution import Problem, check\n"
         "for stride in (1, 2):\n"
-        "    check(Problem(2, 3, (7, 9), 32, 48, stride, torch.float32), 1e-4, 'cpu')\n"
+        "    check(Problem(2, 3, (7, 9), 32, 48, stride, torch.float32, device='cpu'), 1e-4, 'cpu')\n"
     )
     environment = {**os.environ, "CEAT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -273,7 +273,7 @@ def test_changed_weights_are_taken_over(monkeypatch):
 @on_native
 @pytest.mark.parametrize("stride", [1, 2])
 def test_changed_weights_are_taken_over_on_the_cpu(stride):
-    problem = Problem(2, 2, (5, 6), 16, 32, stride, torch.float32)
+    problem = Problem(2, 2, (5, 6), 16, 32, stride, torch.float32, device="cpu")
     weights = problem.weights("cpu")
     problem.weight.mul_(-2.0)
     weights.refresh()

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,7 @@ def processes() -> Iterator[Any]:
     context.set_forkserver_preload(["killable"])
     with pytest.MonkeyPatch.context() as patch:
         tests = Path(__file__).parent
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests), *sys.path]))
         yield context
 
 

@@ -144,7 +144,7 @@ def test_outputs_that_nobody_needs_are_empty():
     adv, nat, target = make_logits(3, 2, 4, torch.float32)
     whole = ops.ceat_loss(adv, nat, target, PAPER, True, True)
     bare = ops.ceat_loss(adv, nat, target, PAPER, False, False)
-    assert torch.equal(bare[0], whole[0])
+    torch.testing.assert_close(bare[0], whole[0])  # the sums are made in another order on a GPU
     assert [out.shape for out in bare[1:]] == [(0,), (0,), (0,)]
 
 

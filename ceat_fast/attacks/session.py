@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from ceat_fast.attacks.objective import margin
 from ceat_fast.attacks.outputs import answers
 from ceat_fast.attacks.result import CLEAN, AttackResult, Observer
 from ceat_fast.attacks.worklist import Ended, Samples, Search, Verdict, WorkList
+from ceat_fast.ensemble import Ensemble
 from ceat_fast.ensemble.frozen import frozen, resolve_precision
 
 _SLACK = 2.0**-7  # two units in the last place of bfloat16
@@ -214,8 +215,12 @@ def session(
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         radii = torch.full_like(y, settings.radius, dtype=x.dtype) if eps is None else eps.detach().to(x)
         precision = resolve_precision("fp32" if settings.precision == "fp32" else "auto", model)
-        with frozen(model, precision) as view:
+        with frozen(model, precision) as view, _replaying(view, x.device):
             yield Session(model, view, Samples(x, y, index, radii, x), settings, precision, observer)
+
+
+def _replaying(view: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    return view.replaying(device) if isinstance(view, Ensemble) else nullcontext()
 
 
 def _require_numbers(logits: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,6 +64,8 @@ class Ensemble(nn.Module):
         self.average = average
         self.tuned: Tuned | None = None  # what "auto" takes, once it was measured
         self.is_view = False  # whether attacks search with it; a view is no judge
+        self.view_dtype: torch.dtype | None = None  # of a view in lower precision
+        self.replays = False  # whether "auto" replays passes of a view as CUDA graphs, see `replaying`
         self.is_released = False  # whether its weights are gone until it is used again: a view on a CPU
         self._groups: list[MemberGroup] | None = None
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -75,9 +78,26 @@ class Ensemble(nn.Module):
         """How the members run on inputs on `device`, in the ensemble's present mode or the one given."""
         if self.backend != AUTO:
             return Execution.parse(self.backend)
+        training = self.training if training is None else training
         if self.tuned is None:
-            return default_execution(device)
-        return self.tuned.training if (self.training if training is None else training) else self.tuned.attack
+            execution = default_execution(device, self.view_dtype)
+        else:
+            execution = self.tuned.training if training else self.tuned.attack
+        return replace(execution, graph=True) if self.replays and not execution.compile else execution
+
+    @contextmanager
+    def replaying(self, device: torch.device) -> Iterator[None]:
+        """A `with` block in which "auto" replays a view's passes on a GPU as CUDA graphs, for searches of thousands.
+
+        A shape is captured at its first use, and its activations stay in memory until the block ends.
+        """
+        self.replays = self.is_view and self.backend == AUTO and device.type == "cuda"
+        try:
+            yield
+        finally:
+            if self.replays:
+                self._graphs = GraphedCalls()
+            self.replays = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities of the ensemble (B, K), fp32 (fp64 for fp64 members); x as in `member_logits`."""
@@ -116,7 +136,12 @@ class Ensemble(nn.Module):
         execution = self.execution(x.device)
         if execution.graph and self._can_capture(x):
             run = partial(self._run, execution, per_member=per_member)
-            return self._graphs((execution, per_member), run, x)
+            try:
+                return self._graphs((execution, per_member), run, x)
+            except RuntimeError:  # not enough memory, or members that wait for the device
+                if not self.replays:
+                    raise
+                self.replays = False
         return self._run(execution, x, per_member=per_member)
 
     def _can_capture(self, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ceat_fast.choices import unknown_name
-from ceat_fast.ops import winograd
+from ceat_fast.ops import triton_backend, winograd
 
 MEMBERS = ("loop", "vmap", "streams", "fused")
 AUTO = "auto"
@@ -78,14 +78,15 @@ class Tuned(NamedTuple):
     training: Execution  # train mode: the gradient for the weights
 
 
-def default_execution(device: torch.device) -> Execution:
-    """What "auto" takes where nothing was measured.
+def default_execution(device: torch.device, view_dtype: torch.dtype | None = None) -> Execution:
+    """What "auto" takes where nothing was measured; `view_dtype` is that of an attack's view in lower precision.
 
-    On a GPU streams in channels_last were the fastest way through torch's own kernels, in attacks and in training. On a
-    CPU our own kernels are the fastest, where they were built.
+    On a GPU streams in channels_last were the fastest way through torch's own kernels, in attacks and in training, and
+    our own are faster in bf16. On a CPU our own are the fastest, where they were built.
     """
     if device.type == "cuda":
-        return Execution("streams", channels_last=True)
+        own = view_dtype == torch.bfloat16 and triton_backend.missing("cuda") is None
+        return Execution("fused") if own else Execution("streams", channels_last=True)
     if device.type != "cpu":
         return Execution("vmap")
     return Execution("fused") if winograd.missing() is None else Execution("loop", channels_last=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
 from ceat_fast.ensemble.ensemble import Ensemble
-from ceat_fast.ensemble.execution import default_execution
+from ceat_fast.ensemble.execution import AUTO, default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
 from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
 from ceat_fast.ops import winograd
@@ -81,7 +81,8 @@ class _View:
         dtype = DTYPES[precision]
         batch_statistics = bn_mode == "batch"
         self._copies = [
-            self._copy(name, part, dtype, _memory_format(model), batch_statistics) for name, part in _parts(model)
+            self._copy(name, part, dtype, _memory_format(model, dtype), batch_statistics)
+            for name, part in _parts(model)
         ]
         self.module: nn.Module | None = None
         if any(self._copies):
@@ -180,9 +181,11 @@ def _ensemble_settings(model: nn.Module) -> tuple[Any, ...]:
     return (model.backend, model.average, model.tuned) if isinstance(model, Ensemble) else ()
 
 
-def _memory_format(model: nn.Module) -> torch.memory_format:
+def _memory_format(model: nn.Module, dtype: torch.dtype | None) -> torch.memory_format:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    execution = model.execution(device, training=False) if isinstance(model, Ensemble) else default_execution(device)
+    execution = default_execution(device, dtype)
+    if isinstance(model, Ensemble) and (model.tuned is not None or model.backend != AUTO):
+        execution = model.execution(device, training=False)
     return torch.channels_last if execution.channels_last else torch.contiguous_format
 
 
@@ -254,10 +257,10 @@ class _LowPrecisionEnsemble(Ensemble):
 
     def __init__(self, members: Sequence[nn.Module], backend: str, average: str, dtype: torch.dtype) -> None:
         super().__init__(members, backend, average)
-        self.dtype = dtype
+        self.view_dtype = dtype
 
     def member_logits(self, x: Tensor, per_member: bool | None = None) -> Tensor:
-        return super().member_logits(x.to(self.dtype), per_member).float()
+        return super().member_logits(x.to(self.view_dtype), per_member).float()
 
 
 @contextmanager

@@ -43,7 +43,12 @@ __device__ inline uint32_t pack_positive(float low, float high) {
 }
 
 // For each half of the word 16 times its highest bit.
-__device__ inline uint32_t spread_signs(uint32_t word) { return __byte_perm(word, 0, 0xbb99); }
+// Not by __byte_perm, which drops the bit that asks for signs.
+__device__ inline uint32_t spread_signs(uint32_t word) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(word));
+  return signs;
+}
 
 // sum += a b for a (16, 16) and b (16, 8). With lane = 4 g + t, the lane holds
 //   a    rows g, g + 8, g, g + 8; columns 2 t and 2 t + 1, in the last two words 8 further
