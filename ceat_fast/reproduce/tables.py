@@ -104,11 +104,8 @@ def sentences(result: Reproduction) -> list[str]:
 
 
 def left_out(result: Reproduction) -> list[str]:
-    """One sentence per data set whose files are missing."""
-    return [
-        f"{setting.stands_in}: left out, there is no {setting.files} in the data folder (--data_root)."
-        for setting in result.left_out
-    ]
+    """One sentence per data set that was not run."""
+    return [f"{setting.stands_in}: left out, {reason}." for setting, reason in result.left_out]
 
 
 def failures(result: Reproduction) -> list[str]:
