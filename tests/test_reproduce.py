@@ -367,6 +367,7 @@ def test_members_of_three_depths_and_four_members(micro: str, tmp_path: Path) ->
 def test_robust_accuracy_after_every_epoch(micro: str, tmp_path: Path) -> None:
     result = reproduce("fig2", micro, out=tmp_path, seeds=1, device="cpu", only=["L_adv, F3"])
     assert [len(row.curves[0]) for row in result.blocks[0].rows] == [1]
+    assert len(list(grids(result))) == 1  # one row has no differences
     assert (tmp_path / micro / "fig2.png").is_file()
 
 

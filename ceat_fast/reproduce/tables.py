@@ -43,11 +43,12 @@ class Grid(NamedTuple):
 
 
 def grids(result: Reproduction) -> Iterator[Grid]:
-    """Accuracies and differences of every block."""
+    """Accuracies of every block, and differences where it has both rows of any."""
     for block in result.blocks:
         yield accuracy_grid(result, block)
-        if result.experiment.contrasts:
-            yield contrast_grid(result, block)
+        differences = contrast_grid(result, block)
+        if differences.groups:
+            yield differences
 
 
 def accuracy_grid(result: Reproduction, block: BlockResult) -> Grid:
