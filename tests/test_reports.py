@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,11 +28,12 @@ from ceat_fast.evaluation import (
 from ceat_fast.evaluation.protocol import EvaluationConfig
 from ceat_fast.methods import CEAT, EAT, Method
 from ceat_fast.reports import figures, page, robustbench_card, score_table, write_comparison, write_report
+from ceat_fast.reports.canvas import canvas, legend, whole_epochs
 from ceat_fast.reports.statistics import main_columns, mcnemar, paired_difference, strongest, worst_case
 from ceat_fast.reports.tables import check_table
 from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 
 
 class Outline(HTMLParser):
@@ -225,6 +227,7 @@ def test_a_comparison_counts_image_by_image(tmp_path: Path) -> None:
     assert "compared with old" in outline.text
     assert "+25.0" in outline.text
     assert "+2 -1, p 1.000" in outline.text
+    assert "on how many images the method alone is right (+), and on how many old alone (-)" in outline.text
     assert "4 test images of digits" in outline.text
     with pytest.raises(FileExistsError, match="choose another file"):
         write_comparison(folders, tmp_path / "c.html")
@@ -234,7 +237,9 @@ def test_a_comparison_of_runs_shows_curves_and_differing_settings(runs: list[Pat
     outline = Outline(write_comparison(runs, tmp_path / "c.html").read_text())
     assert outline.open == []
     assert len(outline.images) == 2 + 1 + 8  # curves over eps and steps, classes, training
-    assert "method.init_args.lam" in outline.text
+    assert "method CEAT EAT" in " ".join(outline.text.partition("Settings of training that differ")[2].split())
+    assert "method.lam" in outline.text
+    assert "init_args" not in outline.text
     assert "schedule" not in outline.text.partition("Settings of training that differ")[2]
 
 
@@ -267,6 +272,32 @@ def test_what_cannot_be_compared_is_refused(other: EvaluationResult, message: st
         write_comparison(folders[:1], tmp_path / "c.html")
 
 
+def test_several_evaluations_head_their_rows(tmp_path: Path) -> None:
+    folders = [saved(toy([1, 0, 0, 0], name=name), tmp_path / name) for name in ("old", "new")]
+    text = write_report(folders, tmp_path / "r.html").read_text()
+    assert Outline(text).open == []
+    heads = re.findall(r'<th scope="rowgroup" colspan="\d"><span>(\w+)</span></th>', text)
+    assert heads == ["old", "new"] * 2  # accuracies, times
+    alone = write_report(folders[:1], tmp_path / "one.html").read_text()
+    assert 'scope="rowgroup"' not in alone
+
+
+def test_long_paths_may_be_broken_in_row_headings() -> None:
+    text = page.table("", ("run", "eps"), [[["EAT in runs/my_run", "8/255"]]], 1)
+    assert "runs/<wbr>my_<wbr>run" in text
+    assert "8/255" in text
+
+
+def test_epochs_have_no_fractions_and_names_hide_no_line() -> None:
+    figure, axis = canvas()
+    axis.plot([1, 2, 3], [0.1, 0.2, 0.3], label="a method with a name of more than a few letters")
+    whole_epochs(axis)
+    legend(figure, axis)
+    figure.draw_without_rendering()
+    assert all(tick == round(tick) for tick in axis.get_xticks())
+    assert figure.legends[0].get_window_extent().y1 <= axis.get_window_extent().y0
+
+
 def test_mcnemar() -> None:
     # n = 12, P(X <= 2) = (1 + 12 + 66) / 4096
     assert mcnemar(10, 2) == pytest.approx(2 * 79 / 4096)
@@ -286,7 +317,7 @@ def test_the_worst_case_is_right_under_every_attack() -> None:
     assert worst is not None
     assert worst.correct.tolist() == [True, False, False, False]  # the last one is wrong when clean
     assert torch.allclose(worst.margin, torch.tensor([0.2, -0.6, -0.3, -1.0]))
-    assert strongest(result) == "PGD-20"
+    assert strongest(result) == "AA"  # of equal ones the last
     assert worst_case(toy([1, 1, 0, 1]), "model") is None
 
 
@@ -377,9 +408,24 @@ def test_the_table_shows_accuracy_and_interval() -> None:
     console.print(score_table({"CEAT(lam=1, mu=5)": result}))
     lines = console.export_text().splitlines()
     clean = next(line for line in lines if "clean" in line)
-    assert "CEAT(lam=1, mu=5)" in clean
     assert "30.8 (25.5-36.6)" in clean
     assert "0.0 (0.0-1.4)" in next(line for line in lines if "PGD-20" in line)
+    assert "CEAT(lam=1, mu=5)" in lines[0]
+    console.print(score_table({"CEAT(lam=1, mu=5)": result, "EAT": result}))
+    lines = console.export_text().splitlines()
+    assert "CEAT(lam=1, mu=5)" not in lines[0]
+    assert [line.split()[1] for line in lines if "clean" in line] == ["CEAT(lam=1,", "EAT"]
+
+
+def test_no_number_of_the_table_is_cut_off_in_a_narrow_terminal() -> None:
+    members = [f"member {number}" for number in range(3)]
+    scores = [score(who, CLEAN, [1] * 51 + [0] * 9) for who in ("ensemble", *members)]
+    result = EvaluationResult(scores, {CLEAN: NOTHING}, torch.zeros(60).long())
+    for results in ({"CEAT(lam=1, mu=5)": result}, {"CEAT(lam=1, mu=5)": result, "EAT": result}):
+        console = Console(width=72, record=True, file=io.StringIO())
+        console.print(score_table(results))
+        assert "…" not in console.export_text(clear=False)
+        assert console.export_text().count("85.0") == 4 * len(results)
 
 
 def test_the_perturbation_is_shown_around_grey() -> None:

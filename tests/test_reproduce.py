@@ -255,6 +255,34 @@ def test_a_second_data_set_is_a_block_of_its_own(two_settings: str, trainings: l
     assert [(block["dataset"], block["train_images"]) for block in blocks] == [("digits", 64), ("tiny_data:tiny", 32)]
 
 
+def test_seeds_depend_on_the_experiment(
+    two_settings: str, trainings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "tiny-images").mkdir(parents=True)
+    first, second = SCALES[two_settings].settings
+    fewer = (replace(first, other_seeds={"table4": 1}), replace(second, other_seeds={"table4": 0}))
+    monkeypatch.setitem(SCALES, two_settings, Scale(two_settings, fewer))
+    options = {"out": tmp_path, "device": "cpu", "data_root": str(tmp_path / "data")}
+    result = reproduce("table4", two_settings, only=["1: EAT"], **options)
+    assert [(block.title, list(block.rows[0].numbers["NAT"])) for block in result.blocks] == [
+        ("CIFAR-10 (digits)", [0])
+    ]
+    sentence = "random images: left out, table4 would take too long at scale two (--seeds 1 includes it)."
+    assert f"* {sentence}" in (tmp_path / "two" / "table4.md").read_text()
+    asked = reproduce("table4", two_settings, only=["1: EAT"], seeds=1, **options)
+    assert [block.title for block in asked.blocks] == ["CIFAR-10 (digits)", "CIFAR-10 (random images)"]
+    assert asked.left_out == []
+    others = reproduce("table1", two_settings, only=["EAT"], **options)
+    assert [len(block.rows[0].numbers["NAT"]) for block in others.blocks] == [2, 1]
+
+
+def test_small_has_five_seeds_where_the_results_are_published() -> None:
+    seeds = {name: [setting.seeds_of(name) for setting in SCALES["small"].settings] for name in EXPERIMENTS}
+    assert seeds.pop("table2") == [3, 0]
+    assert seeds.pop("table3") == [2, 0]
+    assert set(map(tuple, seeds.values())) == {(5, 1)}
+
+
 def test_a_data_set_without_files_is_left_out_and_the_table_says_so(
     two_settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +367,7 @@ def test_members_of_three_depths_and_four_members(micro: str, tmp_path: Path) ->
 def test_robust_accuracy_after_every_epoch(micro: str, tmp_path: Path) -> None:
     result = reproduce("fig2", micro, out=tmp_path, seeds=1, device="cpu", only=["L_adv, F3"])
     assert [len(row.curves[0]) for row in result.blocks[0].rows] == [1]
+    assert len(list(grids(result))) == 1  # one row has no differences
     assert (tmp_path / micro / "fig2.png").is_file()
 
 

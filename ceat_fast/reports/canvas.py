@@ -32,6 +32,22 @@ def canvas(width: float = 4.4, height: float = 3.1) -> tuple[Figure, Axes]:
     return figure, axis
 
 
+def legend(figure: Figure, axis: Axes) -> None:
+    """Name the lines below the panel, where the names hide none of them; the figure grows by as much."""
+    lines, names = axis.get_legend_handles_labels()
+    columns = 2 if max(map(len, names)) <= 24 else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
+    figure.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def whole_epochs(axis: Axes) -> None:
+    """Label the horizontal axis with epochs, which have no fractions."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def picture(figure: Figure) -> Picture:
     """The finished figure."""
     buffer = io.BytesIO()

@@ -104,11 +104,12 @@ def _differences(evaluated: Sequence[Evaluated], columns: Sequence[str]) -> str:
             cells.append((f"{100 * d.difference:+.1f}", f"+{d.gained} -{d.lost}, p {_p_value(d.p_value)}"))
         rows.append([one.label, *cells])
     text = (
-        f"Points more or less than {first.label}; below, on how many images only the one or only the other is right, "
-        "and McNemar's exact two-sided p-value. It says whether chance could have split the images like that; it says "
-        "nothing about other training seeds."
+        f"Below each difference, on how many images the method alone is right (+), and on how many {first.label} alone "
+        "(-), and McNemar's exact two-sided p-value. It says whether chance could have split the images like that; it "
+        "says nothing about other training seeds."
     )
-    table = page.table("", (f"compared with {first.label}", *columns), [rows], text_columns=1)
+    caption = f"Accuracy in points, compared with {first.label}"
+    table = page.table(caption, ("method", *columns), [rows], text_columns=1)
     return page.section("Differences, image by image", table, page.paragraph(text, "soft"))
 
 
@@ -147,7 +148,7 @@ def _settings(evaluated: Sequence[Evaluated]) -> str:
     names = list(dict.fromkeys(name for tree in trees.values() for name in tree))
     values = {name: [str(tree.get(name, "-")) for tree in trees.values()] for name in names if name != "out"}
     rows: list[list[page.Cell]] = [[name, *found] for name, found in values.items() if len(set(found)) > 1]
-    table = page.table("Settings of training that differ", ("setting", *trees), [rows], text_columns=1)
+    table = page.table("Settings of training that differ", ("setting", *trees), [rows], text_columns=1, kind="text")
     return page.section("Settings", table)
 
 
@@ -168,7 +169,13 @@ def _short(labels: Sequence[str]) -> list[str]:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their short names on the command line: "method" for its class, "method.lam" for an argument of it."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        if key == "class_path":
+            flat[prefix.removesuffix(".")] = value.rpartition(".")[2]
+        elif isinstance(value, dict):
+            flat |= _flatten(value, prefix if key == "init_args" else f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ceat_fast.evaluation import CLEAN, EvaluationResult
 from ceat_fast.evaluation.sanity import curve
-from ceat_fast.reports.canvas import COLOURS, Picture, canvas, picture
+from ceat_fast.reports.canvas import COLOURS, Picture, canvas, legend, picture
 
 
 def accuracy_curves(results: Mapping[str, EvaluationResult], over: str, members: bool = True) -> Picture | None:
@@ -43,7 +43,7 @@ def accuracy_curves(results: Mapping[str, EvaluationResult], over: str, members:
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    legend(figure, axis)
     return picture(figure)
 
 

@@ -28,7 +28,8 @@ def summary(evaluated: Sequence[Evaluated]) -> str:
         result = one.result
         tiles = {name: _tile(result.score(result.main_subject, name)) for name in main_columns(result)}
         flags = len(result.flags)
-        tiles["sanity"] = (f"{flags} flag{'' if flags == 1 else 's'}", f"{len(result.checks)} checks")
+        ran = sum(check.outcome != NOT_RUN for check in result.checks)
+        tiles["sanity"] = (f"{flags} flag{'' if flags == 1 else 's'}", f"{ran} checks ran")
         dataset = result.about.get("dataset", "the data")
         text = f"{result.main_subject}, {len(result.labels):,} test images of {dataset}. Accuracy in %."
         parts.append((page.subsection(one.label) if len(evaluated) > 1 else "") + page.paragraph(text, "soft"))
@@ -59,13 +60,8 @@ def labelled_table(
     text_columns: int,
 ) -> str:
     """A table with one group of rows per evaluation, headed by its label where there are several."""
-    if len(evaluated) == 1:
-        return page.table(caption, header, groups, text_columns)
-    labelled = [
-        [[one.label if number == 0 else "", *row] for number, row in enumerate(group)]
-        for one, group in zip(evaluated, groups, strict=True)
-    ]
-    return page.table(caption, ("method", *header), labelled, text_columns + 1)
+    labels = [one.label for one in evaluated] if len(evaluated) > 1 else []
+    return page.table(caption, header, groups, text_columns, labels=labels)
 
 
 def sanity(evaluated: Sequence[Evaluated]) -> str:

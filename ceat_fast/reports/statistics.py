@@ -43,8 +43,8 @@ def main_columns(result: EvaluationResult) -> list[str]:
 
 
 def strongest(result: EvaluationResult) -> str | None:
-    """The attack among the main columns that leaves the main subject least accuracy; None without an attack."""
-    names = [name for name in main_columns(result) if name != CLEAN]
+    """The attack among the main columns that leaves the main subject least accuracy, of equal ones the last."""
+    names = [name for name in reversed(main_columns(result)) if name != CLEAN]
     return min(names, key=lambda name: result.score(result.main_subject, name).accuracy, default=None)
 
 

@@ -11,20 +11,26 @@ from ceat_fast.evaluation.result import OK
 
 
 def score_table(results: Mapping[str, EvaluationResult]) -> Table:
-    """Accuracy in percent with its 95 % interval; rows: method and attack, columns: ensemble and members."""
+    """Accuracy in percent with its 95 % interval; rows: method and attack, columns: ensemble and members.
+
+    A single method stands in the title, which leaves the numbers more room.
+    """
+    title = "Accuracy in % (95 % interval)"
     subjects = list(dict.fromkeys(subject for result in results.values() for subject in result.subjects))
-    table = Table(title="Accuracy in % (95 % interval)", title_justify="left")
-    for name in ("method", "attack"):
-        table.add_column(name)
+    several = len(results) != 1
+    table = Table(title=title if several else f"{next(iter(results))}: {title}", title_justify="left")
+    for name in ("method", "attack") if several else ("attack",):
+        table.add_column(name, overflow="fold")
     for name in subjects:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # a number that is cut off is another number
     for label, result in results.items():
         attacks = list(result.attacks)
         for attack in attacks:
             scores = {score.subject: score for score in result.scores if score.attack == attack}
             shown = {name: percent(score.accuracy, *score.interval) for name, score in scores.items()}
             cells = [shown.get(name, "-") for name in subjects]
-            table.add_row(label if attack == attacks[0] else "", attack, *cells, end_section=attack == attacks[-1])
+            method = [label if attack == attacks[0] else ""] if several else []
+            table.add_row(*method, attack, *cells, end_section=attack == attacks[-1])
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from ceat_fast.files import write_atomic
-from ceat_fast.reports.canvas import COLOURS, Picture, canvas, picture
+from ceat_fast.reports.canvas import COLOURS, Picture, canvas, legend, picture, whole_epochs
 from ceat_fast.training import Run
 
 FOLDER = "figures"
@@ -81,9 +81,9 @@ def _lines(curves: Mapping[str, Sequence[float | None]], title: str) -> Picture:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(points) < 3 else None)
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel("epoch")
+    whole_epochs(axis)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    legend(figure, axis)
     return picture(figure)
 
 
@@ -100,9 +100,9 @@ def _weights(runs: Mapping[str, Records], key: str, title: str) -> Picture:
     axis.set_ylim(0.9, max(10.0, 1.5 * largest))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel("epoch")
+    whole_epochs(axis)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    legend(figure, axis)
     return picture(figure)
 
 
@@ -122,6 +122,7 @@ def _histogram_map(histograms: Sequence[Sequence[float]], title: str) -> Picture
     )
     axis.set_facecolor("black")
     axis.set_title(title, fontsize=10)
-    axis.set(xlabel="epoch", ylabel="disparity of the peers")
+    axis.set_ylabel("disparity of the peers")
+    whole_epochs(axis)
     figure.colorbar(image, ax=axis, label="share of samples")
     return picture(figure)

@@ -71,13 +71,13 @@ class Reproduction:
     Attributes:
         experiment, scale: what was run.
         blocks: the results.
-        left_out: settings of the scale whose files are missing.
+        left_out: settings of the scale that were not run, and why.
     """
 
     experiment: Experiment
     scale: Scale
     blocks: list[BlockResult]
-    left_out: list[Setting]
+    left_out: list[tuple[Setting, str]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what was run, and every number by seed."""

@@ -44,7 +44,8 @@ def reproduce(
         name: a key of `EXPERIMENTS`, for example "table1".
         scale: a key of `SCALES`: "smoke", "small" or "paper".
         out: the folder for everything.
-        seeds: trainings per row; default: those of the scale, which may differ between data sets.
+        seeds: trainings per row, on all data sets of the scale; default: what the scale has for the experiment and each
+            data set, which can be none.
         only: names of rows to train and show; all by default.
         jobs: trainings at a time, each in a process of its own.
         device: where to compute.
@@ -104,8 +105,8 @@ class _Session:
     console: Console
 
     def run(self, only: list[str], seeds: int | None) -> Reproduction:
-        settings = [setting for setting in self.scale.settings if setting.is_there(self.data_root)]
-        parts = [part for setting in settings for part in self._parts(setting, only, seeds)]
+        reasons = [(setting, self._reason_against(setting, seeds)) for setting in self.scale.settings]
+        parts = [part for setting, reason in reasons if not reason for part in self._parts(setting, only, seeds)]
         unique = {cell.folder: cell for part in parts for cell in part.by_seed()}
         found = dict(zip(unique, run_cells(list(unique.values()), self.jobs, self.console), strict=True))
         blocks = []
@@ -115,8 +116,16 @@ class _Session:
                 outcomes = [(cell.config.seed, found[cell.folder]) for cell in cells]
                 lines.append(row_result(part.rows[row], outcomes, part.setting, self.experiment.columns))
             blocks.append(BlockResult(part.block, part.setting, lines))
-        left_out = [setting for setting in self.scale.settings if setting not in settings]
+        left_out = [(setting, reason) for setting, reason in reasons if reason]
         return Reproduction(self.experiment, self.scale, blocks, left_out)
+
+    def _reason_against(self, setting: Setting, seeds: int | None) -> str:
+        """Why a setting is left out; "" if it is not."""
+        if seeds is None and setting.seeds_of(self.experiment.name) == 0:
+            return f"{self.experiment.name} would take too long at scale {self.scale.name} (--seeds 1 includes it)"
+        if not setting.is_there(self.data_root):
+            return f"there is no {setting.files} in the data folder (--data_root)"
+        return ""
 
     def _parts(self, setting: Setting, only: list[str], seeds: int | None) -> list[_Part]:
         parts = []
@@ -126,7 +135,7 @@ class _Session:
             cells = {
                 name: [
                     self._cell(name, row.method, setting, block, seed, judgements)
-                    for seed in range(setting.seeds if seeds is None else seeds)
+                    for seed in range(setting.seeds_of(self.experiment.name) if seeds is None else seeds)
                 ]
                 for name, row in rows.items()
             }

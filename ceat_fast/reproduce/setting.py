@@ -7,7 +7,7 @@ Schedules keep their shape: SGD falls tenfold after 75 and 95 of 120 epochs, Ada
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ceat_fast.attacks import parse_budget
 from ceat_fast.data import data_folder
@@ -41,7 +41,7 @@ class Setting:
     Attributes:
         datasets: the paper's data set -> ours; blocks of others are left out.
         models: the paper's network -> ours.
-        seeds: trainings per row.
+        seeds: trainings per row of an experiment that `other_seeds` does not name.
         sgd, adam: the optimizers, and their number of epochs.
         attack: makes the training inputs.
         evaluation: budget of the attacks that judge.
@@ -52,6 +52,7 @@ class Setting:
         train_images: use only the first so many.
         stands_in: what the results are shown under where they are not of the paper's own data and networks.
         files: leave the whole setting out unless this lies in the data folder; otherwise what is missing is fetched.
+        other_seeds: experiment -> trainings per row; 0 leaves the whole setting out of it.
     """
 
     datasets: Mapping[str, str]
@@ -68,6 +69,11 @@ class Setting:
     train_images: int | None = None
     stands_in: str | None = None
     files: str | None = None
+    other_seeds: Mapping[str, int] = field(default_factory=dict)
+
+    def seeds_of(self, experiment: str) -> int:
+        """Trainings per row of an experiment."""
+        return self.other_seeds.get(experiment, self.seeds)
 
     def is_there(self, data_root: str | None) -> bool:
         """Whether the files that it needs lie in the data folder."""

@@ -43,11 +43,12 @@ class Grid(NamedTuple):
 
 
 def grids(result: Reproduction) -> Iterator[Grid]:
-    """Accuracies and differences of every block."""
+    """Accuracies of every block, and differences where it has both rows of any."""
     for block in result.blocks:
         yield accuracy_grid(result, block)
-        if result.experiment.contrasts:
-            yield contrast_grid(result, block)
+        differences = contrast_grid(result, block)
+        if differences.groups:
+            yield differences
 
 
 def accuracy_grid(result: Reproduction, block: BlockResult) -> Grid:
@@ -104,11 +105,8 @@ def sentences(result: Reproduction) -> list[str]:
 
 
 def left_out(result: Reproduction) -> list[str]:
-    """One sentence per data set whose files are missing."""
-    return [
-        f"{setting.stands_in}: left out, there is no {setting.files} in the data folder (--data_root)."
-        for setting in result.left_out
-    ]
+    """One sentence per data set that was not run."""
+    return [f"{setting.stands_in}: left out, {reason}." for setting, reason in result.left_out]
 
 
 def failures(result: Reproduction) -> list[str]:
