@@ -17,7 +17,8 @@ from ceat_fast import Ensemble
 from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import ensemble, frozen, fused
 from ceat_fast.ensemble.execution import Execution
-from ceat_fast.ensemble.fused import FusedMembers, MemberModule, NotFusableError
+from ceat_fast.ensemble.fused import FusedMembers, MemberModule
+from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.models import digits_resnet, resnet20
 from ceat_fast.ops import native
 from ceat_fast.ops.convolution import MemberWeights
@@ -138,7 +139,7 @@ def test_every_convolution_of_a_resnet_takes_its_epilogue_along(on_cpu):
         logits = view.member_logits(x)
         steps = view._fused[0][1].program.steps
         convolutions = [step for step in steps if isinstance(step, fused._Convolution)]
-        others = [step.call for step in steps if isinstance(step, fused._Operation)]
+        others = [step.call for step in steps if isinstance(step, fused.Operation)]
         assert len(convolutions) == 21
         assert [step.relu for step in convolutions].count(True) == 19
         assert [step.residual is None for step in convolutions].count(False) == 9
@@ -257,7 +258,7 @@ def test_what_cannot_be_fused(on_cpu, model, text):
 
 @pytest.mark.parametrize("model", [BatchMean, Branching])
 def test_auto_loops_over_what_cannot_be_fused(on_cpu, monkeypatch, model):
-    monkeypatch.setattr(ensemble, "default_execution", lambda device: Execution("fused"))
+    monkeypatch.setattr(ensemble, "default_execution", lambda *_: Execution("fused"))
     models = lived_in(model)
     x = images()
     with frozen(Ensemble(models)) as view, frozen(Ensemble(models, "loop")) as right:

@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, fx
 
+from ceat_fast.ensemble.traced import images
 from ceat_fast.ops.chain import MAX_LINKS, Chain, Link, suits
 from ceat_fast.ops.convolution import MemberWeights
 
@@ -68,14 +69,14 @@ class MemberChain(Generic[ConvolutionT]):
         layer = self.convolutions[0].layer
         skip = None if residual is None else layer.filled_rows(residual)
         rows, masks = self.chain.run(layer.filled_rows(x), skip, masked=masked)
-        return _images(rows), masks
+        return images(rows), masks
 
     def input_gradient(self, grad: Tensor, masks: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients for x and for the residual, if there is one; see `Chain.input_gradient`."""
         layer = self.convolutions[0].layer
         gate_rows = None if gate is None else layer.filled_rows(gate)
         rows, others = self.chain.input_gradient(layer.filled_rows(grad), masks, gate_rows)
-        return _images(rows)[:, : layer.channels], None if self.residual is None else _images(others)
+        return images(rows)[:, : layer.channels], None if self.residual is None else images(others)
 
 
 def with_chains(
@@ -120,8 +121,3 @@ def _is_closed(run: Sequence[Convolution], uses: Counter[fx.Node]) -> bool:
 def _chain(run: Sequence[ConvolutionT]) -> MemberChain[ConvolutionT]:
     links = [Link(step.layer.weights, step.residual is not None, step.relu) for step in run]
     return MemberChain(tuple(run), Chain(links))
-
-
-def _images(rows: Tensor) -> Tensor:
-    """(M, B, H, W, C) -> (M * B, C, H, W), a view."""
-    return rows.flatten(0, 1).permute(0, 3, 1, 2)

@@ -17,10 +17,11 @@ from ceat_fast.ensemble.architecture import group_members
 from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.folding import refuse
-from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
+from ceat_fast.ensemble.fused import FusedMembers
 from ceat_fast.ensemble.graphs import Captures, GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
 from ceat_fast.ensemble.streams import run_in_streams
+from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.ops import reference
 
 AVERAGES = ("prob", "logit")

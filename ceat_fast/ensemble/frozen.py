@@ -16,7 +16,8 @@ from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolution
 from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import AUTO, default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
-from ceat_fast.ensemble.fused import FusedMembers, NotFusableError
+from ceat_fast.ensemble.fused import FusedMembers
+from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.ops import winograd
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")

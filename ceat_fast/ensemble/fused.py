@@ -12,11 +12,10 @@ input has of gradient from elsewhere, and applies the ReLU that the input came o
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,24 +24,25 @@ from torch.nn import functional as F
 
 from ceat_fast.ensemble.chains import MemberChain, with_chains
 from ceat_fast.ensemble.layouts import Layouts
+from ceat_fast.ensemble.traced import (
+    NotFusableError,
+    Operation,
+    Values,
+    by_member,
+    function_of,
+    images,
+    suits,
+    trace,
+    with_epilogue,
+)
 from ceat_fast.ops import convolution
 from ceat_fast.ops.buffers import Buffers
 from ceat_fast.ops.convolution import MemberWeights
 
-_RELUS = {"call_function": (F.relu, torch.relu, torch.relu_), "call_method": ("relu", "relu_")}
-_ADDITIONS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
-_TRACES = 3
 _PROVED = 4  # samples of each member
 # How far fused and separate outputs may lie apart on a GPU, relative to the largest: roundings, for fp32 those of TF32.
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.01}
 _SAME_GRADIENT = 0.5  # relative: far above roundings, and below what another gradient would show
-
-Kinds = Mapping[fx.Node, type[nn.Module]]  # of the nodes that call a module
-Values = dict[fx.Node, Any]
-
-
-class NotFusableError(Exception):
-    """The members have to run another way; the message says why."""
 
 
 class FusedMembers:
@@ -65,7 +65,7 @@ class FusedMembers:
             raise NotFusableError(reason)
         self.members = list(members)
         self._proved = False
-        graph = _trace(members[0], sample)
+        graph = trace(members[0], sample)
         own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
         if own is not None:
             raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
@@ -191,7 +191,7 @@ class MemberConvolution:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
         skip = None if residual is None else self._rows(residual)
-        return _images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
+        return images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
 
     def filled_rows(self, x: Tensor) -> Tensor:
         """(M * B, ., H, W) -> (M, B, H, W, C), filled up with zeros to the channels of the kernel."""
@@ -201,14 +201,14 @@ class MemberConvolution:
         """See `MemberWeights.input_gradient`; `like` is the input."""
         others = [None if t is None else self._filled(t, self.weights.channels) for t in (residual, gate)]
         rows = self.weights.input_gradient(self._rows(grad), *like.shape[2:], *others)
-        return _images(rows)[:, : self.channels]
+        return images(rows)[:, : self.channels]
 
     def _filled(self, x: Tensor, width: int) -> Tensor:
         missing = width - x.shape[1]
         return self._rows(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
 
     def _rows(self, x: Tensor) -> Tensor:
-        return _by_member(x.permute(0, 2, 3, 1), self.members).contiguous()
+        return by_member(x.permute(0, 2, 3, 1), self.members).contiguous()
 
 
 class MemberModule:
@@ -218,7 +218,7 @@ class MemberModule:
         self.modules = modules
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        rows = zip(self.modules, *(_by_member(x, len(self.modules)) for x in inputs), strict=True)
+        rows = zip(self.modules, *(by_member(x, len(self.modules)) for x in inputs), strict=True)
         return torch.cat([module(*own) for module, *own in rows])
 
 
@@ -238,18 +238,8 @@ class VmappedModule(MemberModule):
         def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
             return functional_call(self.modules[0], tensors, own)
 
-        output: Tensor = torch.vmap(call)(self._stacks, *(_by_member(x, len(self.modules)) for x in inputs))
+        output: Tensor = torch.vmap(call)(self._stacks, *(by_member(x, len(self.modules)) for x in inputs))
         return output.flatten(0, 1)
-
-
-def _by_member(x: Tensor, members: int) -> Tensor:
-    """(M * B, ...) -> (M, B, ...)"""
-    return x.view(members, x.shape[0] // members, *x.shape[1:])
-
-
-def _images(rows: Tensor) -> Tensor:
-    """(M, B, H, W, C) -> (M * B, C, H, W), a view."""
-    return rows.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -267,34 +257,7 @@ class _Convolution:
         return [self.x] if self.residual is None else [self.x, self.residual]
 
 
-@dataclass(frozen=True)
-class _Operation:
-    """Anything else: what the node calls, on the values of the nodes among its arguments."""
-
-    output: fx.Node
-    call: Callable[..., Any]
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return list(self.output.all_input_nodes)
-
-    def run(self, values: Values) -> Any:
-        given = {node: values[node] for node in self.inputs}
-        if self._may_write:
-            given = {node: value.clone() if isinstance(value, Tensor) else value for node, value in given.items()}
-        args, kwargs = fx.node.map_arg((self.output.args, self.output.kwargs), given.__getitem__)
-        return self.call(*args, **kwargs)
-
-    @property
-    def _may_write(self) -> bool:
-        """Whether it may work in place: others need its inputs as they were."""
-        target, kwargs = self.output.target, self.output.kwargs
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        in_place = name.endswith("_") or (name.startswith("i") and hasattr(operator, name))
-        return bool(in_place or kwargs.get("inplace") or getattr(self.call, "inplace", False))
-
-
-_Step = _Convolution | _Operation | MemberChain[_Convolution]
+_Step = _Convolution | Operation | MemberChain[_Convolution]
 
 
 def _uses(output: fx.Node, steps: Sequence[_Step]) -> Counter[fx.Node]:
@@ -401,7 +364,7 @@ class _Record:
         self.attached = {entry}
         self._made: dict[fx.Node, tuple[dict[fx.Node, Tensor], Any]] = {}
 
-    def run(self, step: _Operation, values: Values) -> Any:
+    def run(self, step: Operation, values: Values) -> Any:
         with torch.enable_grad():
             leaves = {node: values[node].detach().requires_grad_() for node in step.inputs if node in self.attached}
             output = step.run(values | leaves)
@@ -412,7 +375,7 @@ class _Record:
             self.attached.add(step.output)
         return output.detach()
 
-    def gradients(self, step: _Operation, outer: Tensor) -> dict[fx.Node, Tensor | None]:
+    def gradients(self, step: Operation, outer: Tensor) -> dict[fx.Node, Tensor | None]:
         leaves, output = self._made[step.output]
         if not leaves or not output.requires_grad:
             return {}
@@ -501,58 +464,11 @@ class _Fused(torch.autograd.Function):
         return again, None
 
 
-class _Tracer(fx.Tracer):
-    """Does not look into modules that have tensors of their own."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return bool(m._parameters or m._buffers) or super().is_leaf_module(m, module_qualified_name)
-
-
-class _Shapes(fx.Interpreter):
-    """Notes the shapes of values."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        n.meta["shape"] = value.shape if isinstance(value, Tensor) else None
-        return value
-
-
-def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
-    """What the forward computes, with the shapes for that sample.
-
-    Numbers that it draws in Python would be constants in the graph: several traces have to agree.
-    """
-    try:
-        graph, *others = (_Tracer().trace(module) for _ in range(_TRACES))
-    except Exception as error:  # whatever a forward does with the tracer's proxies
-        raise NotFusableError(f"torch.fx cannot trace the forward ({type(error).__name__})") from error
-    if any(str(other) != str(graph) for other in others):
-        raise NotFusableError("the forward is another one every time")
-    if not isinstance(next(node for node in graph.nodes if node.op == "output").args[0], fx.Node):
-        raise NotFusableError("the forward does not return logits (B, K)")
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise NotFusableError("the forward takes more than the images")
-    _without_identities(graph, module)
-    with torch.no_grad():
-        module(sample)  # an input that is wrong for it says so here, in its own words
-        _Shapes(fx.GraphModule(module, graph)).run(sample)
-    return graph
-
-
-def _without_identities(graph: fx.Graph, module: nn.Module) -> None:
-    """Drop the calls of what folding put in the place of BatchNorm."""
-    for node in list(graph.nodes):
-        is_module = node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity
-        if is_module and len(node.all_input_nodes) == 1:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
-
-
 def _steps(
     graph: fx.Graph, members: Sequence[nn.Module]
-) -> tuple[list[_Convolution | _Operation], dict[fx.Node, fx.Node]]:
+) -> tuple[list[_Convolution | Operation], dict[fx.Node, fx.Node]]:
     """The steps in an order in which they can run; for a node that is part of one, the node that names its value."""
-    steps: list[_Convolution | _Operation] = []
+    steps: list[_Convolution | Operation] = []
     last_of: dict[fx.Node, fx.Node] = {}
     wrapped: set[str] = set()
     tied: set[int] = set()  # tensors that are views into storage of all members by now
@@ -565,7 +481,7 @@ def _steps(
             continue
         layers = [member.get_submodule(str(node.target)) for member in members] if node in kinds else []
         if not any(True for layer in layers[:1] for _ in (*layer.parameters(), *layer.buffers())):
-            steps.append(_Operation(node, layers[0] if layers else _function(node)))
+            steps.append(Operation(node, layers[0] if layers else function_of(node)))
             continue
         if str(node.target) in wrapped:
             raise NotFusableError(f"{node.target} is called twice")
@@ -576,12 +492,12 @@ def _steps(
         if own & tied:
             raise NotFusableError(f"{node.target} shares a tensor with another module")
         tied |= own
-        convolutions = [layer for layer in layers if _suits(layer)]
+        convolutions = [layer for layer in layers if suits(layer)]
         if not convolutions:
             on_cpu = all(tensor.device.type == "cpu" for tensor in (*layers[0].parameters(), *layers[0].buffers()))
-            steps.append(_Operation(node, MemberModule(layers) if on_cpu else VmappedModule(layers)))
+            steps.append(Operation(node, MemberModule(layers) if on_cpu else VmappedModule(layers)))
             continue
-        chain, residual, relu = _with_epilogue(node, kinds, last_of)
+        chain, residual, relu = with_epilogue(node, kinds, last_of)
         step = _Convolution(chain[-1], MemberConvolution(convolutions), node.all_input_nodes[0], residual, relu)
         last_of.update(dict.fromkeys(chain, chain[-1]))
         fused[chain[-1]] = step
@@ -590,66 +506,5 @@ def _steps(
     return steps, last_of
 
 
-def _function(node: fx.Node) -> Callable[..., Any]:
-    if node.op == "call_function":
-        assert callable(node.target)
-        return node.target
-    return _Method(str(node.target))
-
-
-@dataclass(frozen=True)
-class _Method:
-    """Calls the method of that name of its first argument."""
-
-    name: str
-
-    def __call__(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(first, self.name)(*args, **kwargs)
-
-
 def _is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return (
-        type(layer) is nn.Conv2d
-        and (layer.kernel_size, layer.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
-        and layer.stride in ((1, 1), (2, 2))
-        and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
-        and convolution.width(layer.in_channels, layer.weight.device.type) is not None
-        and convolution.width(layer.out_channels, layer.weight.device.type) == layer.out_channels
-    )
-
-
-def _with_epilogue(
-    node: fx.Node, kinds: Kinds, taken: Collection[fx.Node]
-) -> tuple[list[fx.Node], fx.Node | None, bool]:
-    """A convolution and the nodes behind it that its kernel can do; what is added; whether there is a ReLU.
-
-    An addition of two convolutions belongs to the first: it is `taken` when the second comes.
-    """
-    chain, residual, relu = [node], None, False
-    user = _only_user(node)
-    if user is not None and user not in taken and _calls(user, _ADDITIONS) and len(user.args) == 2 and not user.kwargs:
-        other = user.args[1] if user.args[0] is chain[-1] else user.args[0]
-        if isinstance(other, fx.Node) and other is not chain[-1] and _shape(other) == _shape(node):
-            residual = other
-            chain.append(user)
-            user = _only_user(user)
-    if user is not None and user not in taken and (kinds.get(user) is nn.ReLU or _calls(user, _RELUS)):
-        relu = True
-        chain.append(user)
-    return chain, residual, relu
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _calls(node: fx.Node, targets: Mapping[str, tuple[Any, ...]]) -> bool:
-    return node.target in targets.get(node.op, ())
-
-
-def _shape(node: fx.Node) -> Any:
-    return node.meta.get("shape")
