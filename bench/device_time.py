@@ -41,7 +41,7 @@ from ceat_fast.ops.reference import CeatSettings
 
 WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels and sides of ResNet-20's stages
 ATTACKS = ("loop", "loop+channels_last", "streams", "streams+channels_last", "vmap", "fused")
-TRAININGS = ("loop", "loop+channels_last", "streams", "streams+channels_last")
+TRAININGS = ("loop", "loop+channels_last", "streams", "streams+channels_last", "fused")
 LOSSES = ((3, 128, 10), (3, 128, 100), (3, 1024, 1000), (4, 65536, 10), (3, 16384, 1000))
 _LINKS = 6
 _REPLAYS = 9

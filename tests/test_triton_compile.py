@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ceat_fast.ops import convolution, triton_backend
+from ceat_fast.ops import convolution, member_training, triton_backend
 from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.member_training import Norm
 from ceat_fast.ops.reference import CeatSettings
 
 pytestmark = [
@@ -61,7 +63,7 @@ def compile_launches(request, monkeypatch):
     """Function that makes a call of the backend and returns the kernels which the call would have launched."""
     from triton.runtime import driver
 
-    from ceat_fast.ops import convolution_kernel, triton_kernels
+    from ceat_fast.ops import convolution_kernel, training_kernels, triton_kernels
 
     compiled = []
     names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
@@ -70,6 +72,9 @@ def compile_launches(request, monkeypatch):
 
     member_convolution = CompileInsteadOfLaunch(convolution_kernel.member_convolution_kernel, compiled)
     monkeypatch.setattr(convolution, "_kernel", lambda: member_convolution)
+    names = [name for name in vars(training_kernels) if name.endswith("_kernel")]
+    training = {name: CompileInsteadOfLaunch(getattr(training_kernels, name), compiled) for name in names}
+    monkeypatch.setattr(member_training, "_kernels", lambda: SimpleNamespace(**training))
 
     def run(call, *args):
         compiled.clear()
@@ -81,8 +86,8 @@ def compile_launches(request, monkeypatch):
     driver.set_active(None)  # triton finds the real one again when it is next asked
 
 
-def assert_good_machine_code(kernels, *, f64: bool = False):
-    assert len(kernels) == 1
+def assert_good_machine_code(kernels, *, f64: bool = False, count: int = 1):
+    assert len(kernels) == count
     for kernel in kernels:
         assert kernel.asm["cubin"].startswith(b"\x7fELF")
         assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT
@@ -156,3 +161,15 @@ def test_member_convolution(compile_launches, channels, filters, stride, backwar
     assert_good_machine_code(kernels)
     assert re.search("mma.sync|wgmma|tcgen05.mma", kernels[0].asm["ptx"])
     assert re.search(r"st\.local|ld\.local", kernels[0].asm["ptx"]) is None
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+def test_training(compile_launches, channels):
+    rows = torch.zeros(3, 4, 8, 8, channels, dtype=torch.bfloat16)
+    norm = Norm(*(torch.zeros(3, channels) for _ in range(4)), 0.1, 1e-5)
+    assert_good_machine_code(compile_launches(lambda: member_training.normalise(rows, norm, rows, relu=True)), count=2)
+    saved = torch.zeros(3, 2, channels)
+    call = partial(member_training.norm_gradients, rows, rows, rows, saved, norm.weight, residual=True, relu=True)
+    assert_good_machine_code(compile_launches(call), count=2)
+    call = partial(member_training.weight_gradient, rows, rows, 1, point=False, channels=channels)
+    assert_good_machine_code(compile_launches(call))

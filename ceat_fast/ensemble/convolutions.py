@@ -59,8 +59,13 @@ def _all_plain(types: Iterable[type]) -> bool:
 
 def is_transformed(device_type: str) -> bool:
     """Whether autocast, a transform of torch.func or a compiler is at work: our kernels leave these to torch's own."""
+    return torch.is_autocast_enabled(device_type) or is_traced()
+
+
+def is_traced() -> bool:
+    """Whether a transform of torch.func or a compiler is at work."""
     transforms: bool = torch._C._are_functorch_transforms_active()
-    return torch.is_autocast_enabled(device_type) or transforms or torch.compiler.is_compiling()
+    return transforms or torch.compiler.is_compiling()
 
 
 def _is_same_convolution(given: Mapping[str, Any]) -> bool:

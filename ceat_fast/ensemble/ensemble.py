@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.architecture import group_members
-from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
+from ceat_fast.ensemble.convolutions import is_traced, is_transformed, winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.folding import refuse
 from ceat_fast.ensemble.fused import FusedMembers
+from ceat_fast.ensemble.fused_training import FusedTraining
 from ceat_fast.ensemble.graphs import Captures, GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
 from ceat_fast.ensemble.streams import run_in_streams
@@ -74,6 +75,7 @@ class Ensemble(nn.Module):
         self._graphs = GraphedCalls()
         self._fused: list[tuple[list[int], FusedMembers]] | None = None
         self._not_fusable = False
+        self._trained: list[tuple[list[int], FusedTraining]] | None = None
 
     def execution(self, device: torch.device, training: bool | None = None) -> Execution:
         """How the members run on inputs on `device`, in the ensemble's present mode or the one given."""
@@ -155,8 +157,8 @@ class Ensemble(nn.Module):
 
     def _run(self, execution: Execution, x: Tensor, *, per_member: bool) -> Tensor:
         count = len(self.members)
-        if execution.members == "fused" and self.is_view:
-            logits = self._run_fused(x, per_member)
+        if execution.members == "fused":
+            logits = self._run_fused(x, per_member) if self.is_view else self._train_fused(x, per_member)
             if logits is not None:
                 return logits
         if execution.members != "vmap":
@@ -200,6 +202,30 @@ class Ensemble(nn.Module):
             return None
         return _stack_logits([outputs[index] for index in range(len(self.members))])
 
+    def _train_fused(self, x: Tensor, per_member: bool) -> Tensor | None:
+        """None where they have to run another way: it has gradients for parameters alone, and trains in bf16."""
+        if not (self.training and x.is_cuda and torch.is_grad_enabled()) or x.requires_grad or x.numel() == 0:
+            return None
+        if self._not_fusable or is_traced() or torch._C._len_torch_function_stack():
+            return None
+        if not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") != torch.bfloat16:
+            return None
+        try:
+            if self._trained is None or not all(fused.is_current() for _, fused in self._trained):
+                groups = group_members(list(self.members))
+                sample = x[0] if per_member else x
+                self._trained = [
+                    (group, FusedTraining([self.members[i] for i in group], sample, torch.bfloat16)) for group in groups
+                ]
+            outputs: dict[int, Tensor] = {}
+            for indices, fused in self._trained:
+                rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
+                outputs.update(zip(indices, fused(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
+        except NotFusableError:
+            self._not_fusable = True
+            return None
+        return _stack_logits([outputs[index] for index in range(len(self.members))])
+
     def _compiled_members(self) -> list[Callable[..., Any]]:
         if [member for member, _ in self._compiled] != list(self.members):
             self._compiled = [(member, torch.compile(member)) for member in self.members]
@@ -235,6 +261,7 @@ class Ensemble(nn.Module):
             "captures": Captures(),
             "_graphs": GraphedCalls(),
             "_fused": None,
+            "_trained": None,
             "_not_fusable": False,
         }
         return {**self.__dict__, **fresh}

@@ -74,17 +74,23 @@ class Rearrangement:
         sources: of one type, on one device.
         arrange: makes the results of tensors with the sources' shapes, by moving elements and filling up with zeros
             alone. It is called once, with numbers.
+        dtype: of the results; that of the sources if None.
 
     Attributes:
         results: what `arrange` makes of the sources, as of the last `refresh`.
     """
 
-    def __init__(self, sources: Sequence[Tensor], arrange: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Tensor],
+        arrange: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._sources = list(sources)
         sizes = [source.numel() for source in self._sources]
         numbers = torch.split(torch.arange(1, sum(sizes) + 1, dtype=torch.int32), sizes)
         arranged = arrange([part.view(source.shape) for part, source in zip(numbers, self._sources, strict=True)])
-        like = self._sources[0]
+        like = self._sources[0].detach().new_empty(0, dtype=dtype or self._sources[0].dtype)
         self._index = torch.cat([part.flatten() for part in arranged]).to(like.device)
         self._zero = like.new_zeros(1)
         self._values = like.new_empty(len(self._index))
@@ -95,5 +101,5 @@ class Rearrangement:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the sources' present values."""
-        flat = torch.cat([self._zero, *(source.flatten() for source in self._sources)])
-        torch.index_select(flat, 0, self._index, out=self._values)
+        flat = torch.cat([source.flatten() for source in self._sources])
+        torch.index_select(torch.cat([self._zero, flat.to(self._zero.dtype)]), 0, self._index, out=self._values)

@@ -129,14 +129,16 @@ def describe_problem(ensemble: Ensemble, x: Tensor, work: Work) -> dict[str, Any
     }
 
 
-def candidates(device: torch.device, kind: str, captured: bool = False) -> list[Execution]:
+def candidates(
+    device: torch.device, kind: str, captured: bool = False, training_precision: str = "fp32"
+) -> list[Execution]:
     """The executions without torch.compile that exist on `device`; graphs of attacks, unless the step is one."""
     ways = [Execution("loop"), Execution("loop", channels_last=True), Execution("vmap")]
     if device.type == "cpu" and winograd.missing() is None:
         ways += [Execution("loop", channels_last=True, winograd=True), *[Execution("fused")] * (kind == "attack")]
     if device.type == "cuda":
         ways += [Execution("streams"), Execution("streams", channels_last=True)]
-        if kind == "attack" and triton_backend.missing("cuda") is None:
+        if triton_backend.missing("cuda") is None and (kind == "attack" or training_precision == "bf16"):
             ways.append(Execution("fused"))
         ways += [replace(way, graph=True) for way in ways if kind == "attack" and not captured]
     return ways
@@ -144,7 +146,7 @@ def candidates(device: torch.device, kind: str, captured: bool = False) -> list[
 
 def _measure(kind: str, ensemble: Ensemble, x: Tensor, work: Work) -> dict[str, Any]:
     """The choice for one kind of work, the seconds of every candidate, and why others cannot do it."""
-    times, failed = _race(kind, ensemble, x, work, candidates(x.device, kind, work.captured))
+    times, failed = _race(kind, ensemble, x, work, candidates(x.device, kind, work.captured, work.training_precision))
     compiled_measured = bool(times) and min(times.values()) * work.count(kind) > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))

@@ -123,13 +123,14 @@ class MemberWeights:
             self._forward, self._backward = self._packed_both(self.taps)
 
     def layouts(self, weights: Tensor, bias: Tensor) -> list[Tensor]:
-        """What the CUDA kernel reads of such weights and biases, beside them."""
-        return [weights, bias, *self._packed_both(taps_of(weights))]
+        """Such weights and biases, and what the CUDA kernel reads of them."""
+        return [weights, bias, *(self._packed_both(taps_of(weights)) if self.kernel == "cuda" else ())]
 
-    def read_from(self, weights: Tensor, bias: Tensor, forward: Tensor, backward: Tensor) -> None:
+    def read_from(self, weights: Tensor, bias: Tensor, *packed: Tensor) -> None:
         """Take these layouts from now on, which somebody else keeps up to date."""
         self.weights, self.taps, self.bias = weights, taps_of(weights), bias
-        self._forward, self._backward = forward, backward
+        if packed:
+            self._forward, self._backward = packed
 
     def release(self) -> None:
         """Drop the packed weights on a CPU, until `refresh`. On a GPU, graphs know their address."""

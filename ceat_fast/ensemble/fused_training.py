@@ -1,0 +1,365 @@
+"""Members in train mode as one network, each of whose layers is a few launches for all members: forward and gradients.
+
+The members lie along the batch, (M * B, C, H, W), channels last, in bf16 as under autocast; parameters, statistics of
+BatchNorm and gradients of parameters are fp32. Convolutions are those of `fused`; BatchNorm takes the addition and the
+ReLU behind it along. Autograd ties the layers together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from ceat_fast.ensemble.architecture import has_hooks
+from ceat_fast.ensemble.layouts import Rearrangement
+from ceat_fast.ensemble.traced import (
+    NotFusableError,
+    Operation,
+    Values,
+    by_member,
+    function_of,
+    images,
+    suits,
+    trace,
+    with_epilogue,
+)
+from ceat_fast.ops import convolution, member_training, triton_backend
+from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.member_training import Norm
+
+_SAMPLES = 2  # to trace with: BatchNorm in train mode wants more than one
+# How far outputs, statistics and gradients may lie from the members' own in bf16, relative to their norms.
+_OUTPUT_BOUND, _STATISTICS_BOUND, _GRADIENT_BOUND = 0.1, 0.05, 0.3
+
+
+class FusedTraining:
+    """Members of one architecture, in train mode, as one network.
+
+    Parameters and running statistics of BatchNorm become views into storage of all members.
+
+    Args:
+        members: at least one module, on a GPU.
+        x: inputs (B, C, H, W) of one of them.
+        dtype: of the activations.
+
+    Raises:
+        NotFusableError: torch.fx cannot follow the forward, or there is something in it that only the members can do.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> None:
+        reason = triton_backend.missing("cuda") if x.is_cuda else None
+        if reason is not None:
+            raise NotFusableError(reason)
+        _require_plain(members)
+        self.members, self.dtype = list(members), dtype
+        sample = x[:1].detach().expand(_SAMPLES, *x.shape[1:])
+        graph = trace(copy.deepcopy(members[0]), sample)
+        self._layers = _Layers(graph, self.members, dtype)
+        self._tensors = [tensor for member in members for tensor in (*member.parameters(), *member.buffers())]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._proved = False
+
+    def is_current(self) -> bool:
+        """False after assignments, .to() and the like: anything that replaced a tensor or its storage."""
+        tensors = [tensor for member in self.members for tensor in (*member.parameters(), *member.buffers())]
+        return len(tensors) == len(self._tensors) and all(
+            tensor is own and tensor.data_ptr() == place
+            for tensor, own, place in zip(tensors, self._tensors, self._places, strict=True)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Inputs of the members, (M * B, C, H, W), member by member -> logits (M * B, K).
+
+        Raises:
+            NotFusableError: at the first call: outputs, statistics or gradients are not those of the members.
+        """
+        if not self._proved and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._prove(x)
+            self._proved = True
+        return self._layers.run(x)
+
+    def _prove(self, x: Tensor) -> None:
+        parameters = [parameter for member in self.members for parameter in member.parameters()]
+        buffers = [buffer for member in self.members for buffer in member.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        found = []
+        for call in (self._layers.run, self._plainly):
+            with torch.enable_grad():
+                logits = call(x)
+                outer = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=x.device).view_as(logits)
+                grads = torch.autograd.grad(logits, parameters, outer)
+            found.append((logits.detach(), [buffer.clone() for buffer in buffers], grads))
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        (ours, moved, grads), (right, right_moved, right_grads) = found
+        if ours.shape != right.shape or _distance([ours], [right]) > _OUTPUT_BOUND:
+            raise NotFusableError("outputs in train mode are not those of the members")
+        if _distance(moved, right_moved) > _STATISTICS_BOUND:
+            raise NotFusableError("running statistics are not those of the members")
+        if _distance(grads, right_grads) > _GRADIENT_BOUND:
+            raise NotFusableError("gradients in train mode are not those of the members")
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        return torch.cat([member(part) for member, part in zip(self.members, x.chunk(len(self.members)), strict=True)])
+
+
+def _distance(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Of all tensors together, relative; NaN is no distance, since it may be right."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, right, strict=True))
+    return float((difference / max(sum(float(b.double().square().sum()) for b in right), 1e-30)) ** 0.5)
+
+
+def _require_plain(members: Sequence[nn.Module]) -> None:
+    for member in members:
+        for name, module in member.named_modules():
+            if has_hooks(module):
+                raise NotFusableError(f"{name or type(member).__name__} has hooks")
+            if not module.training:
+                raise NotFusableError(f"{name} is in eval mode")
+        if not all(parameter.requires_grad for parameter in member.parameters()):
+            raise NotFusableError("some parameters are not trained")
+
+
+class _Layers:
+    """The layers in order."""
+
+    def __init__(self, graph: fx.Graph, members: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self._input = next(node for node in graph.nodes if node.op == "placeholder")
+        (self._output,) = next(node for node in graph.nodes if node.op == "output").args
+        self._steps: list[_Convolution | _Norm | Operation] = []
+        self._counters: list[Tensor] = []
+        modules = {node: [m.get_submodule(str(node.target)) for m in members] for node in _module_calls(graph)}
+        kinds = {node: type(of[0]) for node, of in modules.items()}
+        taken: dict[fx.Node, fx.Node] = {}  # nodes that a BatchNorm takes along, with the last of them
+        waiting: dict[fx.Node, _Norm] = {}
+        used: set[int] = set()
+        for node in graph.nodes:
+            if node in waiting:
+                self._steps.append(waiting[node])
+            if node.op in ("placeholder", "output") or node in taken:
+                continue
+            if node.op == "get_attr":
+                raise NotFusableError(f"the forward uses a tensor of the module itself, {node.target}")
+            own = modules.get(node)
+            if own is None or not _has_tensors(own[0]):
+                self._steps.append(Operation(node, function_of(node) if own is None else own[0]))
+                continue
+            if id(own[0]) in used or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+                raise NotFusableError(f"{node.target} is called twice, or with more than tensors")
+            used.add(id(own[0]))
+            if type(own[0]) is nn.BatchNorm2d:
+                chain, residual, relu = with_epilogue(node, kinds, taken)
+                step = _Norm(chain[-1], node.all_input_nodes[0], residual, relu, TrainedNorm(own))
+                taken.update(dict.fromkeys(chain, chain[-1]))
+                waiting[chain[-1]] = step
+                if chain[-1] is node:
+                    self._steps.append(step)
+            elif all(suits(layer) for layer in own):
+                self._steps.append(_Convolution(node, node.all_input_nodes[0], TrainedConvolution(own, dtype)))
+            else:
+                self._steps.append(Operation(node, TrainedModule(own)))
+        self._names = taken
+        convolutions = [step.layer for step in self._steps if isinstance(step, _Convolution)]
+        if not convolutions:
+            raise NotFusableError("there is no convolution in it that the kernels take")
+        self._layouts = _packed(convolutions, dtype)
+        norms = [step.layer for step in self._steps if isinstance(step, _Norm)]
+        self._batches = _tied([norm.num_batches_tracked for layer in norms for norm in layer.norms]) if norms else None
+
+    def run(self, x: Tensor) -> Tensor:
+        """(M * B, C, H, W) -> (M * B, K)"""
+        self._layouts.refresh()
+        if self._batches is not None:
+            self._batches.add_(1)
+        values: Values = {self._input: x}
+        for step in self._steps:
+            if isinstance(step, _Convolution):
+                values[step.output] = step.layer(self._value(values, step.x))
+            elif isinstance(step, _Norm):
+                residual = None if step.residual is None else self._value(values, step.residual)
+                values[step.output] = step.layer(self._value(values, step.x), residual, step.relu)
+            else:
+                given = {node: self._value(values, node) for node in step.inputs}
+                values[step.output] = step.run(given)
+        logits: Tensor = self._value(values, self._output)
+        return logits
+
+    def _value(self, values: Values, node: Any) -> Any:
+        return values[self._names.get(node, node)]
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    output: fx.Node
+    x: fx.Node
+    layer: TrainedConvolution
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A BatchNorm, perhaps with an addition and a ReLU."""
+
+    output: fx.Node
+    x: fx.Node
+    residual: fx.Node | None
+    relu: bool
+    layer: TrainedNorm
+
+
+class TrainedConvolution:
+    """A convolution of every member: (M * B, C, H, W) -> (M * B, F, H', W')."""
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        self.layers, self.members = layers, len(layers)
+        if any(layer.bias is not None for layer in layers):
+            raise NotFusableError("a convolution has a bias of its own")
+        first = layers[0]
+        self.channels, self.stride, self.point = first.in_channels, first.stride[0], first.kernel_size == (1, 1)
+        width = convolution.width(first.in_channels, "cuda")
+        assert width is not None
+        self.width = width
+        storage = self.storage([layer.weight.detach().to(dtype) for layer in layers])
+        bias = storage.new_zeros(self.members, first.out_channels)
+        self.weights = MemberWeights(storage, bias, self.stride, self.point, kernel=self._kernel(storage))
+
+    def _kernel(self, storage: Tensor) -> str | None:
+        return None if storage.is_cuda else "triton"
+
+    def storage(self, weights: Sequence[Tensor]) -> Tensor:
+        """Weights (M, F, 3, 3, C) of all members."""
+        filters = self.layers[0].out_channels
+        storage = weights[0].new_zeros(self.members, filters, 3, 3, self.width)
+        middle = slice(1, 2) if self.point else slice(None)
+        for place, weight in zip(storage, weights, strict=True):
+            place[:, middle, middle, : self.channels].permute(0, 3, 1, 2).copy_(weight)
+        return storage
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows: Tensor = _rows(x.to(self.weights.bias.dtype), self.members)
+        rows = _Convolve.apply(rows, self, *(layer.weight for layer in self.layers))
+        return images(rows)
+
+
+class TrainedNorm:
+    """A BatchNorm of every member, whose tensors become views into storage of all."""
+
+    def __init__(self, norms: Sequence[Any]) -> None:
+        first = norms[0]
+        if not first.track_running_stats or not first.affine or first.momentum is None:
+            raise NotFusableError("a BatchNorm is without statistics, parameters or momentum")
+        if convolution.width(first.num_features, "cuda") != first.num_features:
+            raise NotFusableError(f"a BatchNorm has {first.num_features} channels")
+        self.norms, self.members = norms, len(norms)
+        weight, bias, mean, var = (
+            _tied([getattr(norm, name) for norm in norms]) for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        self.norm = Norm(weight, bias, mean, var, first.momentum, first.eps)
+
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        skip = None if residual is None else _rows(residual.to(x.dtype), self.members)
+        parameters = *(norm.weight for norm in self.norms), *(norm.bias for norm in self.norms)
+        rows: Tensor = _Normalise.apply(_rows(x, self.members), skip, self.norm, relu, *parameters)
+        return images(rows)
+
+
+class TrainedModule:
+    """Any other module of every member, in one call: (M * B, ...) -> (M * B, ...)."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in self.modules]
+        stacks = {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]}
+
+        def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
+            return functional_call(self.modules[0], tensors, own)
+
+        output: Tensor = torch.vmap(call)(stacks, *(by_member(x, len(self.modules)) for x in inputs))
+        return output.flatten(0, 1)
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: TrainedConvolution, *weights: Tensor) -> Tensor:
+        missing = layer.width - x.shape[-1]
+        x = torch.nn.functional.pad(x, (0, missing)) if missing else x
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer.weights.convolve(x, relu=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        grad = grad.contiguous()
+        inner = None
+        if ctx.needs_input_grad[0]:
+            inner = layer.weights.input_gradient(grad, *x.shape[2:4])[..., : layer.channels]
+        weights = member_training.weight_gradient(x, grad, layer.stride, point=layer.point, channels=layer.channels)
+        return inner, None, *weights
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, norm: Norm, relu: bool, *parameters: Tensor) -> Tensor:
+        out, saved = member_training.normalise(x, norm, residual, relu=relu)
+        ctx.weight, ctx.relu, ctx.has_residual = norm.weight, relu, residual is not None
+        ctx.save_for_backward(x, out, saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, out, saved = ctx.saved_tensors
+        found = member_training.norm_gradients(
+            grad.contiguous(), out, x, saved, ctx.weight, residual=ctx.has_residual, relu=ctx.relu
+        )
+        return found.x, found.residual, None, None, *found.weight, *found.bias
+
+
+def _packed(layers: Sequence[TrainedConvolution], dtype: torch.dtype) -> Rearrangement:
+    """The layouts of all layers' weights, from the members' own in fp32."""
+
+    def arrange(tensors: Sequence[Tensor]) -> list[Tensor]:
+        rest = iter(tensors)
+        results: list[Tensor] = []
+        for layer in layers:
+            storage = layer.storage([next(rest) for _ in layer.layers])
+            results += layer.weights.layouts(storage, storage.new_zeros(storage.shape[:2]))
+        return results
+
+    sources = [own.weight for layer in layers for own in layer.layers]
+    copies = Rearrangement(sources, arrange, dtype)
+    rest = iter(copies.results)
+    for layer in layers:
+        layer.weights.read_from(*(next(rest) for _ in range(4 if layer.weights.kernel == "cuda" else 2)))
+    return copies
+
+
+def _tied(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors in one, whose rows they become views into."""
+    stack = torch.stack([tensor.detach() for tensor in tensors])
+    for tensor, row in zip(tensors, stack, strict=True):
+        tensor.data = row
+    return stack
+
+
+def _rows(x: Tensor, members: int) -> Tensor:
+    """(M * B, C, H, W) -> (M, B, H, W, C)"""
+    return by_member(x.permute(0, 2, 3, 1), members).contiguous()
+
+
+def _module_calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_module"]
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
