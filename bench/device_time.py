@@ -1,6 +1,6 @@
 """Where the time of a training step goes on a GPU: its parts, each as one CUDA graph, so that launches do not count.
 
-    python bench/device_time.py [--json FILE] [--device cuda]
+    python bench/device_time.py [--json FILE] [--parts loss chains ...] [--device cuda]
 
 loss           the loss op, value and both gradients, and a copy that moves as many bytes
 convolutions   3x3, all members: torch's one after the other, and ours with residual and ReLU; the gradient with both
@@ -14,6 +14,7 @@ On a CPU, where there are no graphs, the same calls are timed as they are.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -24,7 +25,7 @@ from typing import Any
 
 import peers
 import torch
-from contenders import Setting, our_attack, our_step
+from contenders import DTYPES, Setting, our_attack, our_step
 from rich.console import Console
 from rich.table import Table
 from timing import compare
@@ -40,8 +41,9 @@ from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.reference import CeatSettings
 
 WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels and sides of ResNet-20's stages
-ATTACKS = ("loop", "loop+channels_last", "streams", "streams+channels_last", "vmap", "fused")
-TRAININGS = ("loop", "loop+channels_last", "streams", "streams+channels_last", "fused")
+ATTACKS = ("streams", "streams+channels_last", "fused")
+TRAININGS = ATTACKS
+CPU_WAYS = ("loop", "loop+channels_last")
 LOSSES = ((3, 128, 10), (3, 128, 100), (3, 1024, 1000), (4, 65536, 10), (3, 16384, 1000))
 _LINKS = 6
 _REPLAYS = 9
@@ -69,6 +71,8 @@ def seconds(call: Callable[[], object], device: str, repeats: int = 1) -> float:
 
 def loss(setting: Setting) -> dict[str, float]:
     """Tensors larger than the caches take turns."""
+    if not setting.device.startswith("cuda"):
+        return {}
     settings = CeatSettings(1.0, peers.LAM, peers.MU, peers.LAM, peers.MU, float("inf"), 0, 1, False)
     module = dispatch.module(dispatch.backend_name("auto", torch.device(setting.device).type))
     found = {}
@@ -92,10 +96,11 @@ def loss(setting: Setting) -> dict[str, float]:
     return found
 
 
-def chains(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
+def chains(setting: Setting) -> dict[str, float]:
     found: dict[str, float] = {}
-    if dtype != torch.bfloat16 or native.missing("cuda") is not None or not setting.device.startswith("cuda"):
+    if not setting.device.startswith("cuda") or native.missing("cuda") is not None:
         return found
+    dtype = torch.bfloat16
     for width, side in WIDTHS:
         x, grad = (
             torch.randn(setting.members, setting.batch, side, side, width, device=setting.device, dtype=dtype)
@@ -114,8 +119,8 @@ def chains(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-def convolutions(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
-    found = {}
+def convolutions(setting: Setting) -> dict[str, float]:
+    found, dtype = {}, DTYPES[setting.precision]
     for width, side in WIDTHS:
         size = setting.members, setting.batch, side, side, width
         x, residual, gate = (torch.randn(size, device=setting.device, dtype=dtype) for _ in range(3))
@@ -158,48 +163,50 @@ def training_call(setting: Setting, backend: str) -> Callable[[], object]:
     return call
 
 
-def measure(setting: Setting, dtype: torch.dtype, console: Console) -> dict[str, dict[str, float]]:
-    on_gpu = setting.device.startswith("cuda")
-    attacks = ATTACKS if on_gpu else ATTACKS[:2]
-    trainings = TRAININGS if on_gpu else TRAININGS[:2]
-    parts: dict[str, dict[str, Callable[[], float]]] = {
-        "attack": {name: lambda n=name: seconds(attack_call(setting, n), setting.device) for name in attacks},
-        "training": {name: lambda n=name: seconds(training_call(setting, n), setting.device) for name in trainings},
-        "step": {
-            "captured" if on_gpu else "plain": lambda: (
-                compare({"": our_step(setting, compiled=False)}, rounds=5, device=setting.device)[""].median
-            )
-        },
-    }
-    report: dict[str, dict[str, float]] = {
-        "loss": loss(setting) if on_gpu else {},
-        "convolutions": convolutions(setting, dtype),
-        "chains": chains(setting, dtype),
-    }
-    for part, ways in parts.items():
-        report[part] = {name: way() for name, way in ways.items()}
-    table = Table("part", "way", "microseconds")
-    for part, way in itertools.chain.from_iterable(((p, w) for w in report[p]) for p in report):
-        table.add_row(part, way, f"{1e6 * report[part][way]:,.1f}")
-    console.print(table)
-    return report
+def attack(setting: Setting) -> dict[str, float]:
+    ways = ATTACKS if setting.device.startswith("cuda") else CPU_WAYS
+    found = {name: seconds(attack_call(setting, name), setting.device) for name in ways}
+    if "fused" in ways:
+        one = dataclasses.replace(setting, members=1)
+        found["fused, one member"] = seconds(attack_call(one, "fused"), setting.device)
+    return found
+
+
+def training(setting: Setting) -> dict[str, float]:
+    ways = TRAININGS if setting.device.startswith("cuda") else CPU_WAYS
+    return {name: seconds(training_call(setting, name), setting.device) for name in ways}
+
+
+def step(setting: Setting) -> dict[str, float]:
+    name = "captured" if setting.device.startswith("cuda") else "plain"
+    return {name: compare({"": our_step(setting, compiled=False)}, rounds=5, device=setting.device)[""].median}
+
+
+PARTS: dict[str, Callable[[Setting], dict[str, float]]] = {
+    part.__name__: part for part in (loss, convolutions, chains, attack, training, step)
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
-    on_gpu = arguments.device.startswith("cuda")
-    precision = "bf16" if on_gpu else "fp32"
+    precision = "bf16" if arguments.device.startswith("cuda") else "fp32"
     setting = Setting(device=arguments.device, precision=precision, batch=arguments.batch, steps=arguments.steps)
     found: dict[str, Any] = {"environment": describe_environment(), "precision": precision}
-    found |= measure(setting, torch.bfloat16 if on_gpu else torch.float32, Console())
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    table = Table("part", "way", "microseconds")
+    for name in arguments.parts:
+        found[name] = PARTS[name](setting)
+        for way, time in found[name].items():
+            table.add_row(name, way, f"{1e6 * time:,.1f}")
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    Console().print(table)
 
 
 if __name__ == "__main__":
