@@ -72,7 +72,11 @@ def convolve(x, taps):
 
 
 def close(got, right):
-    torch.testing.assert_close(got.double(), right.double(), rtol=0.02, atol=0.02 * right.double().abs().max().item())
+    """A sum near 0 may fall on the other side of a ReLU, and with it a few gradients: few may differ, and no norm."""
+    got, right = got.double(), right.double()
+    differs = (got - right).abs() > 0.02 * right.abs().max() + 0.02 * right.abs()
+    assert differs.double().mean() < 1e-3
+    assert (got - right).norm() < 0.01 * right.norm()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import PGD
-from ceat_fast.ensemble import ensemble, frozen, fused
+from ceat_fast.ensemble import ensemble, frozen, fused, traced
 from ceat_fast.ensemble.execution import Execution
 from ceat_fast.ensemble.fused import FusedMembers, MemberModule
 from ceat_fast.ensemble.traced import NotFusableError
@@ -145,7 +145,7 @@ def test_every_convolution_of_a_resnet_takes_its_epilogue_along(on_cpu):
         assert [step.residual is None for step in convolutions].count(False) == 9
         # Normalisation and head; the average. The identities in place of BatchNorm and in the shortcuts are gone.
         assert [type(call) for call in others].count(MemberModule) == 2
-        assert {type(call) for call in others} == {MemberModule, fused._Method}
+        assert {type(call) for call in others} == {MemberModule, traced._Method}
         before = [step.layer.weights.calls for step in convolutions]
         masks = []
         gate = torch.ops.aten.threshold_backward
