@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from emulated import bf16_tensor, build_emulator, emulate
+from plain_kernels import use_plain_kernels
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,9 +13,9 @@ from ceat_fast import Ensemble
 from ceat_fast.ensemble import chains, frozen
 from ceat_fast.ensemble.fused import _Convolution
 from ceat_fast.models import build_model
-from ceat_fast.ops import chain, convolution, native
+from ceat_fast.ops import chain, native
 from ceat_fast.ops.chain import Chain, Link
-from ceat_fast.ops.convolution import MemberWeights, pack
+from ceat_fast.ops.convolution import MemberWeights
 
 BF16 = torch.bfloat16
 on_cuda = pytest.mark.skipif(
@@ -157,72 +156,9 @@ def test_on_cuda(channels, side, members, samples, outside):
 # How networks are cut into chains, with the ops in plain torch.
 
 
-def _taps(weights):
-    links, members, _, channels = *weights.shape[:3], 16 * weights.shape[3]
-    return weights.permute(0, 1, 2, 3, 7, 6, 8, 4, 5).reshape(links, members, 9, channels, channels)
-
-
-def _convolve(x, taps):
-    filters = taps.unflatten(1, (3, 3)).permute(0, 4, 3, 1, 2)
-    rows = zip(x.permute(0, 1, 4, 2, 3), filters, strict=True)
-    return torch.stack([F.conv2d(row, own, padding=1).permute(0, 2, 3, 1) for row, own in rows])
-
-
-def _run(x, weights, bias, residual, residuals, relus, masked, images):
-    before, masks = residual, []
-    for number, taps in enumerate(_taps(weights)):
-        sums = _convolve(x, taps) + bias[number][:, None, None, None]
-        sums = sums + before if residuals >> number & 1 else sums
-        before, x = x, sums.relu() if relus >> number & 1 else sums
-        masks.append(sums > 0)
-    return x, torch.stack(masks) if masked else x.new_empty(0)
-
-
-def _run_back(grad, weights, masks, gate, residuals, relus, images):
-    taps, last, after = _taps(weights).flip(2), len(weights) - 1, None
-    grad = grad * masks[last] if relus >> last & 1 else grad
-    for number in range(last, -1, -1):
-        total = _convolve(grad, taps[number])
-        total = total + after if number < last and residuals >> (number + 1) & 1 else total
-        total = total * masks[number - 1] if number and relus >> (number - 1) & 1 else total
-        after, grad = grad, total
-    return grad if gate is None else grad * (gate > 0), after if residuals & 1 else grad.new_empty(0)
-
-
-def _unpacked(weights, shape):
-    numbers = torch.arange(math.prod(shape)).view(shape)
-    return weights.new_empty(len(numbers.flatten())).scatter_(0, pack(numbers).flatten(), weights.flatten()).view(shape)
-
-
-def _convolve_members(x, weights, bias, residual, gate, filters, height, width, direction, point, flipped, relu):
-    members, channels = x.shape[0], x.shape[4]
-    taps = _unpacked(weights, (members, 1 if point else 9, channels, filters))
-    taps = F.pad(taps, (0, 0, 0, 0, 4, 4)) if point else taps
-    kernels = taps.flip(1 if flipped else ()).unflatten(1, (3, 3)).permute(0, 4, 3, 1, 2)
-    rows = []
-    for row, own in zip(x.permute(0, 1, 4, 2, 3), kernels, strict=True):
-        if direction == 2:
-            size = x.shape[1], filters, height, width
-            rows.append(torch.nn.grad.conv2d_input(size, own.transpose(0, 1), row, stride=2, padding=1))
-        else:
-            rows.append(F.conv2d(row, own, stride=1 + direction, padding=1))
-    out = torch.stack(rows).permute(0, 1, 3, 4, 2)
-    out = out if bias is None else out + bias[:, None, None, None]
-    out = out if residual is None else out + residual
-    out = out.relu() if relu else out
-    return (out if gate is None else out * (gate > 0)).contiguous()
-
-
 @pytest.fixture
-def cuda_kernels_on_cpu(monkeypatch):
-    library = torch.library.Library("ceat_fast", "IMPL")
-    library.impl("member_chain_native", _run, "CPU")
-    library.impl("member_chain_gradient_native", _run_back, "CPU")
-    library.impl("member_convolution_native", _convolve_members, "CPU")
-    monkeypatch.setattr(chain, "_shared_memory", lambda device: 200_000)
-    monkeypatch.setattr(convolution, "_fastest", lambda weights: "cuda")
-    monkeypatch.setattr(convolution, "width", lambda channels, kind: max(16, channels))
-    monkeypatch.setattr(Chain, "_images", lambda self, x: 1)
+def plain_kernels(monkeypatch):
+    library = use_plain_kernels(monkeypatch)
     yield
     library._destroy()
 
@@ -253,7 +189,7 @@ class Crossed(nn.Module):
         (Crossed, (16, 8), [1, 2, 1, 2, 1]),
     ],
 )
-def test_networks_in_chains(cuda_kernels_on_cpu, build, side, lengths):
+def test_networks_in_chains(plain_kernels, build, side, lengths):
     torch.manual_seed(0)
     members = [build().eval() for _ in range(2)]
     for module in (module for member in members for module in member.modules()):

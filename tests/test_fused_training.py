@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+from plain_kernels import use_plain_kernels
 from torch import nn
 from torch.nn import functional as F
 
 from ceat_fast import Ensemble
-from ceat_fast.ensemble.fused_training import FusedTraining
+from ceat_fast.ensemble.fused_training import FusedTraining, TrainedConvolution
 from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.loss import ceat_loss
 from ceat_fast.models import digits_resnet, resnet20
@@ -148,13 +149,28 @@ def trained(build, count=2):
     return members
 
 
+@pytest.fixture(params=[False, True], ids=["", "as the CUDA kernels are called"])
+def kernels(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if not request.param:
+        yield False
+        return
+    if COMPILED:
+        pytest.skip("in the interpreter only")
+    monkeypatch.setattr(TrainedConvolution, "_kernel", lambda *_: "cuda")
+    library = use_plain_kernels(monkeypatch)
+    yield True
+    library._destroy()
+
+
 @on_kernels
 @pytest.mark.parametrize("build", [Small, lambda: digits_resnet(5, 3)], ids=["Small", "digits_resnet"])
-def test_a_network(build, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_a_network(kernels, build):
     ours, plain = trained(build), trained(build)
     xs = [draw(2 * 3, 3, 8, 8).sigmoid() for _ in range(2)]
     fused = FusedTraining(ours, xs[0][:3], torch.float32)
+    layers = [step.layer for step in fused._layers._steps if hasattr(step, "layer")]
+    assert any(getattr(layer, "chain", None) is not None for layer in layers) == kernels or COMPILED
     for x in xs:
         logits = [fused(x), torch.cat([member(part) for member, part in zip(plain, x.chunk(2), strict=True)])]
         grads = []

@@ -31,6 +31,8 @@ from ceat_fast.ensemble.traced import (
     with_epilogue,
 )
 from ceat_fast.ops import convolution, member_training, triton_backend
+from ceat_fast.ops.chain import Chain, Link
+from ceat_fast.ops.chain import suits as can_be_link
 from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.member_training import Norm
 
@@ -162,7 +164,8 @@ class _Layers:
                 if chain[-1] is node:
                     self._steps.append(step)
             elif all(suits(layer) for layer in own):
-                self._steps.append(_Convolution(node, node.all_input_nodes[0], TrainedConvolution(own, dtype)))
+                layer = TrainedConvolution(own, dtype, node.meta["shape"][2:])
+                self._steps.append(_Convolution(node, node.all_input_nodes[0], layer))
             else:
                 self._steps.append(Operation(node, TrainedModule(own)))
         self._names = taken
@@ -214,9 +217,14 @@ class _Norm:
 
 
 class TrainedConvolution:
-    """A convolution of every member: (M * B, C, H, W) -> (M * B, F, H', W')."""
+    """A convolution of every member: (M * B, C, H, W) -> (M * B, F, H', W').
 
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+    Attributes:
+        chain: the convolution as a chain of one link, which is faster than by itself, for images of the size `side`;
+            None where there is no such chain.
+    """
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, side: Sequence[int]) -> None:
         self.layers, self.members = layers, len(layers)
         if any(layer.bias is not None for layer in layers):
             raise NotFusableError("a convolution has a bias of its own")
@@ -228,6 +236,9 @@ class TrainedConvolution:
         storage = self.storage([layer.weight.detach().to(dtype) for layer in layers])
         bias = storage.new_zeros(self.members, first.out_channels)
         self.weights = MemberWeights(storage, bias, self.stride, self.point, kernel=self._kernel(storage))
+        self.side = tuple(side)
+        is_link = can_be_link(self.weights, *self.side)
+        self.chain = Chain([Link(self.weights, residual=False, relu=False)]) if is_link else None
 
     def _kernel(self, storage: Tensor) -> str | None:
         return None if storage.is_cuda else "triton"
@@ -291,17 +302,24 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: TrainedConvolution, *weights: Tensor) -> Tensor:
         missing = layer.width - x.shape[-1]
         x = torch.nn.functional.pad(x, (0, missing)) if missing else x
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        return layer.weights.convolve(x, relu=False)
+        ctx.layer, ctx.chain = layer, layer.chain if x.shape[2:4] == layer.side else None
+        if ctx.chain is None:
+            ctx.save_for_backward(x)
+            return layer.weights.convolve(x, relu=False)
+        out: Tensor
+        out, masks = ctx.chain.run(x, None, masked=True)
+        ctx.save_for_backward(x, masks)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), layer = ctx.saved_tensors, ctx.layer
+        (x, *masks), layer = ctx.saved_tensors, ctx.layer
         grad = grad.contiguous()
         inner = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.chain is not None:
+            inner = ctx.chain.input_gradient(grad, *masks)[0][..., : layer.channels]
+        elif ctx.needs_input_grad[0]:
             inner = layer.weights.input_gradient(grad, *x.shape[2:4])[..., : layer.channels]
         weights = member_training.weight_gradient(x, grad, layer.stride, point=layer.point, channels=layer.channels)
         return inner, None, *weights
@@ -333,7 +351,9 @@ def _packed(layers: Sequence[TrainedConvolution], dtype: torch.dtype) -> Rearran
         results: list[Tensor] = []
         for layer in layers:
             storage = layer.storage([next(rest) for _ in layer.layers])
-            results += layer.weights.layouts(storage, storage.new_zeros(storage.shape[:2]))
+            stored = storage, storage.new_zeros(storage.shape[:2])
+            results += layer.weights.layouts(*stored)
+            results += layer.chain.layouts([stored]) if layer.chain is not None else []
         return results
 
     sources = [own.weight for layer in layers for own in layer.layers]
@@ -341,6 +361,8 @@ def _packed(layers: Sequence[TrainedConvolution], dtype: torch.dtype) -> Rearran
     rest = iter(copies.results)
     for layer in layers:
         layer.weights.read_from(*(next(rest) for _ in range(4 if layer.weights.kernel == "cuda" else 2)))
+        if layer.chain is not None:
+            layer.chain.read_from(*(next(rest) for _ in range(3)))
     return copies
 
 
