@@ -8,7 +8,8 @@ namespace ceat::cuda {
 namespace {
 
 template <int kChannels, int kFilters, Direction kDirection>
-__global__ void __launch_bounds__(kConvolutionThreads, kChannels == 64 ? 3 : 4)
+__global__ void __launch_bounds__(kConvolutionThreads,
+                                  kChannels == 64 || kPixelTilesOf<kFilters, kDirection> == 4 ? 3 : 4)
     convolution_kernel(const __grid_constant__ ConvolutionArgs args) {
   run_convolution<kChannels, kFilters, kDirection>(args);
 }

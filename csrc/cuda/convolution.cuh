@@ -34,7 +34,12 @@ constexpr int kTaps = 9;
 constexpr int kMostFilters = 32;
 template <int kFilters>
 constexpr int kFilterBlock = kFilters < kMostFilters ? kFilters : kMostFilters;
-constexpr int kPixelTiles = 2;
+template <int kFilters, Direction kDirection>
+constexpr int kPixelTilesOf = kFilters == 16 && kDirection != Direction::kTransposed2 ? 4 : 2;
+
+inline int pixel_tiles(const ConvolutionArgs& args) {
+  return args.filters == 16 && args.direction != Direction::kTransposed2 ? 4 : 2;
+}
 
 // Of a launch: blocks of pixels, members, and blocks of filters for each kind of pixels.
 struct Blocks {
@@ -42,11 +47,12 @@ struct Blocks {
 };
 
 inline Blocks blocks_of(const ConvolutionArgs& args) {
-  constexpr int kPixels = kWarps * 16 * kPixelTiles;
+  const int per_block = kWarps * 16 * pixel_tiles(args);
   const int64_t pixels = args.samples * args.by_height.value * args.by_width.value;
   const int filters = args.filters < kMostFilters ? args.filters : kMostFilters;
   const int kinds = args.direction == Direction::kTransposed2 ? 4 : 1;
-  return {unsigned((pixels + kPixels - 1) / kPixels), unsigned(args.members), unsigned(kinds * args.filters / filters)};
+  return {unsigned((pixels + per_block - 1) / per_block), unsigned(args.members),
+          unsigned(kinds * args.filters / filters)};
 }
 
 inline int taps_of(const ConvolutionArgs& args) { return args.point ? 1 : kTaps; }
@@ -142,7 +148,7 @@ __device__ inline Source source_of(const ConvolutionArgs& args, const Half* memb
 }
 
 // The lane's words of a tensor like out.
-template <int kWords>
+template <int kPixelTiles, int kWords>
 struct Elements {
   uint32_t words[2 * kPixelTiles][kWords];
 
@@ -171,6 +177,7 @@ struct Elements {
 template <int kChannels, int kFilters, Direction kDirection>
 __device__ inline void run_convolution(const ConvolutionArgs& args) {
   constexpr int kBlock = kFilterBlock<kFilters>, kTiles = kBlock / 8, kFilterBlocks = kFilters / kBlock;
+  constexpr int kPixelTiles = kPixelTilesOf<kFilters, kDirection>;
   constexpr int kWords = kWordsOf<kChannels>, kSteps = kChannels / 16, kAllTiles = kFilters / 8;
   CEAT_DYNAMIC_SHARED(shared);
   const int taps = args.point ? 1 : kTaps;
@@ -198,12 +205,20 @@ __device__ inline void run_convolution(const ConvolutionArgs& args) {
   for (int i = 0; i < 2 * kPixelTiles; ++i) {
     sources[i] = source_of<kChannels, kDirection>(args, input, first + 8 * i, places, odd_row, odd_column);
   }
-  // The lane's filters are neighbours, two of each column tile. What is needed behind the sums is on its way meanwhile.
+  // The lane's filters are neighbours, two of each column tile. Where there are registers for it, what is needed behind
+  // the sums is on its way meanwhile.
+  constexpr bool kEarly = kPixelTiles == 2;
   const int place = filter_block * kBlock + t * (kBlock == 16 ? 4 : 8);
   const int64_t offset = member * args.samples * args.out_height * args.out_width * kFilters + place;
-  Elements<kTiles> residual, gate;
-  if (args.residual != nullptr) residual.load(static_cast<const Half*>(args.residual) + offset, sources, kFilters);
-  if (args.gate != nullptr) gate.load(static_cast<const Half*>(args.gate) + offset, sources, kFilters);
+  Elements<kPixelTiles, kTiles> residual, gate;
+  const auto load_residual = [&] {
+    if (args.residual != nullptr) residual.load(static_cast<const Half*>(args.residual) + offset, sources, kFilters);
+  };
+  const auto load_gate = [&] {
+    if (args.gate != nullptr) gate.load(static_cast<const Half*>(args.gate) + offset, sources, kFilters);
+  };
+  if (kEarly) load_residual();
+  if (kEarly) load_gate();
   float sums[kPixelTiles][kTiles][4] = {};
   finish_copies();
 
@@ -255,6 +270,7 @@ __device__ inline void run_convolution(const ConvolutionArgs& args) {
       }
     }
   }
+  if (!kEarly) load_residual();
   if (args.residual != nullptr) residual.with(sums, [](float& sum, float other) { sum += other; });
   if (args.relu) {
 #pragma unroll
@@ -263,6 +279,7 @@ __device__ inline void run_convolution(const ConvolutionArgs& args) {
       sum = sum < 0 ? 0 : sum;  // NaN stays NaN
     }
   }
+  if (!kEarly) load_gate();
   if (args.gate != nullptr) gate.with(sums, [](float& sum, float other) { sum = other <= 0 ? 0 : sum; });
 #pragma unroll
   for (int i = 0; i < 2 * kPixelTiles; ++i) {
