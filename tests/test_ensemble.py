@@ -32,7 +32,7 @@ class SmallNet(nn.Module):
 
 @pytest.fixture(autouse=True)
 def auto_decides_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("ceat_fast.ensemble.ensemble.default_execution", lambda device: Execution("vmap"))
+    monkeypatch.setattr("ceat_fast.ensemble.ensemble.default_execution", lambda *_: Execution("vmap"))
 
 
 def small_members(count=3, **kwargs):
