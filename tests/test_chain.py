@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ceat_fast import Ensemble
 from ceat_fast.ensemble import chains, frozen
-from ceat_fast.ensemble.fused import _Convolution
+from ceat_fast.ensemble.member_layers import Convolution
 from ceat_fast.models import build_model
 from ceat_fast.ops import chain, native
 from ceat_fast.ops.chain import Chain, Link
@@ -211,4 +211,4 @@ def test_networks_in_chains(plain_kernels, build, side, lengths):
     ((_, fused),) = view._fused
     found = [step for step in fused.program._chained if isinstance(step, chains.MemberChain)]
     assert [len(step.convolutions) for step in found] == lengths
-    assert not any(step.layer.is_tied for step in fused.program.steps if isinstance(step, _Convolution))
+    assert not any(step.layer.is_tied for step in fused.program.steps if isinstance(step, Convolution))

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import PGD
-from ceat_fast.ensemble import ensemble, frozen, fused, traced
+from ceat_fast.ensemble import ensemble, frozen, fused, member_layers, traced
 from ceat_fast.ensemble.execution import Execution
-from ceat_fast.ensemble.fused import FusedMembers, MemberModule
+from ceat_fast.ensemble.fused import FusedMembers
+from ceat_fast.ensemble.member_layers import Convolution, MemberModule
 from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.models import digits_resnet, resnet20
 from ceat_fast.ops import native
@@ -59,7 +60,7 @@ class PlainWeights(MemberWeights):
 @pytest.fixture
 def on_cpu(monkeypatch):
     monkeypatch.setattr(fused.convolution, "missing", lambda device, dtype: None)
-    monkeypatch.setattr(fused, "MemberWeights", PlainWeights)
+    monkeypatch.setattr(member_layers, "MemberWeights", PlainWeights)
     monkeypatch.setitem(fused._TOLERANCE, torch.float64, 1e-9)
 
 
@@ -138,7 +139,7 @@ def test_every_convolution_of_a_resnet_takes_its_epilogue_along(on_cpu):
         x = images().requires_grad_()
         logits = view.member_logits(x)
         steps = view._fused[0][1].program.steps
-        convolutions = [step for step in steps if isinstance(step, fused._Convolution)]
+        convolutions = [step for step in steps if isinstance(step, Convolution)]
         others = [step.call for step in steps if isinstance(step, fused.Operation)]
         assert len(convolutions) == 21
         assert [step.relu for step in convolutions].count(True) == 19

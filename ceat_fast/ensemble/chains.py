@@ -5,47 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, fx
 
-from ceat_fast.ensemble.traced import images
+from ceat_fast.ensemble.member_layers import Convolution
+from ceat_fast.ensemble.traced import Operation, images
 from ceat_fast.ops.chain import MAX_LINKS, Chain, Link, suits
-from ceat_fast.ops.convolution import MemberWeights
-
-
-class _Layer(Protocol):
-    @property
-    def channels(self) -> int: ...
-    @property
-    def weights(self) -> MemberWeights: ...
-    def filled_rows(self, x: Tensor) -> Tensor: ...
-
-
-class Convolution(Protocol):
-    """A convolution of all members, perhaps with an addition and a ReLU, as a step of a network."""
-
-    @property
-    def output(self) -> fx.Node: ...
-    @property
-    def layer(self) -> _Layer: ...
-    @property
-    def x(self) -> fx.Node: ...
-    @property
-    def residual(self) -> fx.Node | None: ...
-    @property
-    def relu(self) -> bool: ...
-
-
-StepT = TypeVar("StepT")
-ConvolutionT = TypeVar("ConvolutionT", bound=Convolution)
 
 
 @dataclass(frozen=True)
-class MemberChain(Generic[ConvolutionT]):
+class MemberChain:
     """Convolutions each of which takes the output of the one before; nobody else sees what lies between them."""
 
-    convolutions: Sequence[ConvolutionT]
+    convolutions: Sequence[Convolution]
     chain: Chain
 
     @property
@@ -80,15 +52,15 @@ class MemberChain(Generic[ConvolutionT]):
 
 
 def with_chains(
-    steps: Sequence[StepT], kind: type[ConvolutionT], uses: Counter[fx.Node]
-) -> list[StepT | MemberChain[ConvolutionT]]:
-    """The steps with chains in the place of those convolutions, steps of type `kind`, that can form some."""
-    found: list[StepT | MemberChain[ConvolutionT]] = []
+    steps: Sequence[Convolution | Operation], uses: Counter[fx.Node]
+) -> list[Convolution | Operation | MemberChain]:
+    """The steps with chains in the place of those convolutions that can form some."""
+    found: list[Convolution | Operation | MemberChain] = []
     place = 0
     while place < len(steps):
-        run: list[ConvolutionT] = []
+        run: list[Convolution] = []
         for step in steps[place : place + MAX_LINKS]:
-            if not isinstance(step, kind) or not _continues(run, step):
+            if not isinstance(step, Convolution) or not _continues(run, step):
                 break
             run.append(step)
         while run and not _is_closed(run, uses):
@@ -118,6 +90,6 @@ def _is_closed(run: Sequence[Convolution], uses: Counter[fx.Node]) -> bool:
     return all(own[step.output] == uses[step.output] for step in run[:-1])
 
 
-def _chain(run: Sequence[ConvolutionT]) -> MemberChain[ConvolutionT]:
+def _chain(run: Sequence[Convolution]) -> MemberChain:
     links = [Link(step.layer.weights, step.residual is not None, step.relu) for step in run]
     return MemberChain(tuple(run), Chain(links))

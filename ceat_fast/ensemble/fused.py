@@ -14,30 +14,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call, stack_module_state
-from torch.nn import functional as F
 
 from ceat_fast.ensemble.chains import MemberChain, with_chains
 from ceat_fast.ensemble.layouts import Layouts
+from ceat_fast.ensemble.member_layers import Convolution, MemberConvolution, MemberModule, VmappedModule
 from ceat_fast.ensemble.traced import (
     NotFusableError,
     Operation,
     Values,
-    by_member,
     function_of,
-    images,
     suits,
     trace,
     with_epilogue,
 )
 from ceat_fast.ops import convolution
 from ceat_fast.ops.buffers import Buffers
-from ceat_fast.ops.convolution import MemberWeights
 
 _PROVED = 4  # samples of each member
 # How far fused and separate outputs may lie apart on a GPU, relative to the largest: roundings, for fp32 those of TF32.
@@ -72,7 +67,7 @@ class FusedMembers:
         self.program = _Program(graph, self.members)
         self._buffers = Buffers()
         for step in self.program.steps:
-            if isinstance(step, _Convolution):
+            if isinstance(step, Convolution):
                 step.layer.weights.buffers = self._buffers
 
     def refresh(self) -> None:
@@ -84,7 +79,7 @@ class FusedMembers:
         """Drop what was made from weights on a CPU, and memory that is kept, until `refresh`."""
         self._buffers.close()
         for step in self.program.steps:
-            if isinstance(step, _Convolution):
+            if isinstance(step, Convolution):
                 step.layer.weights.release()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -139,125 +134,7 @@ def _with_gradient(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor,
     return output.detach(), grad
 
 
-class MemberConvolution:
-    """A convolution of every member.
-
-    A 1x1 convolution is a 3x3 one of whose taps only the middle one is not 0; channels are filled up with zeros to a
-    width of the kernel. Unless the kernels are CUDA's, the members' own weights become views into storage of all.
-    """
-
-    def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
-        first = layers[0]
-        self.layers, self.members, self.channels = layers, len(layers), first.in_channels
-        width = convolution.width(first.in_channels, first.weight.device.type)
-        assert width is not None
-        self._width, self._point = width, first.kernel_size == (1, 1)
-        storage, bias = self.storage([layer.weight for layer in layers], self.biases())
-        self.weights = MemberWeights(storage, bias, first.stride[0], self._point, inputs=first.in_channels)
-        # For the CUDA kernels all layers' weights are laid out at once, from the members' own tensors.
-        self.is_tied = self.weights.kernel != "cuda"
-        if self.is_tied:
-            for layer, weight, own_bias in zip(layers, storage, bias, strict=True):
-                layer.weight.data = self._own(weight)
-                if layer.bias is not None:
-                    layer.bias.data = own_bias
-
-    def biases(self) -> list[Tensor]:
-        """The members' biases, if they have some."""
-        return [layer.bias for layer in self.layers if layer.bias is not None]
-
-    def storage(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Weights (M, F, 3, 3, C) and biases (M, F) of all members, 0 where they have none."""
-        filters = self.layers[0].out_channels
-        storage = weights[0].new_zeros(self.members, filters, 3, 3, self._width)
-        bias = weights[0].new_zeros(self.members, filters)
-        for place, weight in zip(storage, weights, strict=True):
-            self._own(place).copy_(weight)
-        for place, own in zip(bias, biases, strict=False):
-            place.copy_(own)
-        return storage, bias
-
-    def _own(self, weight: Tensor) -> Tensor:
-        """The part of a member's storage (F, 3, 3, C) that its weights (F, ., ., .) are in."""
-        middle = slice(1, 2) if self._point else slice(None)
-        return weight[:, middle, middle, : self.channels].permute(0, 3, 1, 2)
-
-    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """(M * B, C, H, W) -> (M * B, F, H', W'), both channels last.
-
-        Raises:
-            RuntimeError: x has not C channels.
-        """
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
-        skip = None if residual is None else self._rows(residual)
-        return images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
-
-    def filled_rows(self, x: Tensor) -> Tensor:
-        """(M * B, ., H, W) -> (M, B, H, W, C), filled up with zeros to the channels of the kernel."""
-        return self._filled(x, self.weights.channels)
-
-    def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
-        """See `MemberWeights.input_gradient`; `like` is the input."""
-        others = [None if t is None else self._filled(t, self.weights.channels) for t in (residual, gate)]
-        rows = self.weights.input_gradient(self._rows(grad), *like.shape[2:], *others)
-        return images(rows)[:, : self.channels]
-
-    def _filled(self, x: Tensor, width: int) -> Tensor:
-        missing = width - x.shape[1]
-        return self._rows(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return by_member(x.permute(0, 2, 3, 1), self.members).contiguous()
-
-
-class MemberModule:
-    """A module of every member: (M * B, ...) -> (M * B, ...)."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        rows = zip(self.modules, *(by_member(x, len(self.modules)) for x in inputs), strict=True)
-        return torch.cat([module(*own) for module, *own in rows])
-
-
-class VmappedModule(MemberModule):
-    """The same in one call. The members' own tensors become views into storage of all."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__(modules)
-        parameters, buffers = stack_module_state(list(modules))
-        self._stacks = {**{name: stack.detach() for name, stack in parameters.items()}, **buffers}
-        named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in modules]
-        for name, stack in self._stacks.items():
-            for tensors, row in zip(named, stack, strict=True):
-                tensors[name].data = row
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
-            return functional_call(self.modules[0], tensors, own)
-
-        output: Tensor = torch.vmap(call)(self._stacks, *(by_member(x, len(self.modules)) for x in inputs))
-        return output.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    """A convolution of all members, perhaps with an addition and a ReLU."""
-
-    output: fx.Node
-    layer: MemberConvolution
-    x: fx.Node
-    residual: fx.Node | None
-    relu: bool
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return [self.x] if self.residual is None else [self.x, self.residual]
-
-
-_Step = _Convolution | Operation | MemberChain[_Convolution]
+_Step = Convolution | Operation | MemberChain
 
 
 def _uses(output: fx.Node, steps: Sequence[_Step]) -> Counter[fx.Node]:
@@ -276,9 +153,9 @@ class _Program:
         self._output = names.get(returned, returned)
         self._uses = _uses(self._output, self.steps)
         self._shape = self._input.meta["shape"][1:]
-        self._chained = with_chains(self.steps, _Convolution, self._uses)
+        self._chained = with_chains(self.steps, self._uses)
         self._chained_uses = _uses(self._output, self._chained)
-        untied = [step.layer for step in self.steps if isinstance(step, _Convolution) and not step.layer.is_tied]
+        untied = [step.layer for step in self.steps if isinstance(step, Convolution) and not step.layer.is_tied]
         chains = [step.chain for step in self._chained if isinstance(step, MemberChain)]
         self._layouts = Layouts(untied, chains) if untied else None
 
@@ -287,7 +164,7 @@ class _Program:
         if self._layouts is not None:
             self._layouts.refresh()
         for step in self.steps:
-            if isinstance(step, _Convolution) and step.layer.is_tied:
+            if isinstance(step, Convolution) and step.layer.is_tied:
                 step.layer.weights.refresh()
 
     def _plan(self, x: Tensor) -> tuple[Sequence[_Step], Counter[fx.Node]]:
@@ -300,9 +177,9 @@ class _Program:
         steps, uses = self._plan(x)
         left = Counter(uses)
         for step in steps:
-            if isinstance(step, _Convolution | MemberChain):
+            if isinstance(step, Convolution | MemberChain):
                 residual = None if step.residual is None else values[step.residual]
-                if isinstance(step, _Convolution):
+                if isinstance(step, Convolution):
                     values[step.output] = step.layer(values[step.x], residual, step.relu)
                 else:
                     values[step.output], masks = step.run(values[step.x], residual, masked=record is not None)
@@ -338,7 +215,7 @@ class _Program:
         grads.add(self._output, grad)
         for step in reversed(steps):
             outer = grads.take(step.output)
-            if isinstance(step, _Convolution):
+            if isinstance(step, Convolution):
                 grads.through_convolution(step, outer)
             elif isinstance(step, MemberChain):
                 grads.through_chain(step, outer, record.masks[step.output])
@@ -406,7 +283,7 @@ class _Gradients:
             grad = torch.ops.aten.threshold_backward(grad, self._values[node], 0)
         return grad
 
-    def through_convolution(self, step: _Convolution, grad: Tensor | None) -> None:
+    def through_convolution(self, step: Convolution, grad: Tensor | None) -> None:
         """The gradients of a convolution's inputs, from that of its sum."""
         if step.residual is not None:
             self.add(step.residual, grad)
@@ -421,7 +298,7 @@ class _Gradients:
             self._gated.add(step.x)
         self.add(step.x, total)
 
-    def through_chain(self, step: MemberChain[_Convolution], grad: Tensor | None, masks: Tensor) -> None:
+    def through_chain(self, step: MemberChain, grad: Tensor | None, masks: Tensor) -> None:
         """The gradients of a chain's inputs, from that of its output: its ReLUs are its own."""
         if grad is None:
             for node in step.inputs:
@@ -438,7 +315,7 @@ class _Gradients:
     def _has_relu(self, node: fx.Node) -> bool:
         """Whether a convolution left a ReLU's gradient to others."""
         maker = self._makers.get(node)
-        return isinstance(maker, _Convolution) and maker.relu
+        return isinstance(maker, Convolution) and maker.relu
 
 
 class _Fused(torch.autograd.Function):
@@ -466,14 +343,14 @@ class _Fused(torch.autograd.Function):
 
 def _steps(
     graph: fx.Graph, members: Sequence[nn.Module]
-) -> tuple[list[_Convolution | Operation], dict[fx.Node, fx.Node]]:
+) -> tuple[list[Convolution | Operation], dict[fx.Node, fx.Node]]:
     """The steps in an order in which they can run; for a node that is part of one, the node that names its value."""
-    steps: list[_Convolution | Operation] = []
+    steps: list[Convolution | Operation] = []
     last_of: dict[fx.Node, fx.Node] = {}
     wrapped: set[str] = set()
     tied: set[int] = set()  # tensors that are views into storage of all members by now
     kinds = {node: type(members[0].get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"}
-    fused: dict[fx.Node, _Convolution] = {}  # by the last node of the chain, where the step has its place
+    fused: dict[fx.Node, Convolution] = {}  # by the last node of the chain, where the step has its place
     for node in graph.nodes:
         if node in fused:
             steps.append(fused[node])
@@ -498,7 +375,7 @@ def _steps(
             steps.append(Operation(node, MemberModule(layers) if on_cpu else VmappedModule(layers)))
             continue
         chain, residual, relu = with_epilogue(node, kinds, last_of)
-        step = _Convolution(chain[-1], MemberConvolution(convolutions), node.all_input_nodes[0], residual, relu)
+        step = Convolution(chain[-1], MemberConvolution(convolutions), node.all_input_nodes[0], residual, relu)
         last_of.update(dict.fromkeys(chain, chain[-1]))
         fused[chain[-1]] = step
         if chain[-1] is node:

@@ -7,24 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ceat_fast.ensemble.member_layers import MemberConvolution
 from ceat_fast.ops.chain import Chain
-from ceat_fast.ops.convolution import MemberWeights
-
-
-class Layer(Protocol):
-    """A convolution of all members."""
-
-    @property
-    def layers(self) -> Sequence[nn.Conv2d]: ...
-    @property
-    def weights(self) -> MemberWeights: ...
-    def biases(self) -> list[Tensor]: ...
-    def storage(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
 class Layouts:
@@ -33,7 +21,7 @@ class Layouts:
     The memory of it stays the same, since graphs know its address.
     """
 
-    def __init__(self, layers: Sequence[Layer], chains: Sequence[Chain]) -> None:
+    def __init__(self, layers: Sequence[MemberConvolution], chains: Sequence[Chain]) -> None:
         self._layers, self._chains = layers, chains
         sources = [[convolution.weight for convolution in layer.layers] for layer in layers]
         biases = [layer.biases() for layer in layers]
