@@ -53,9 +53,9 @@ def ours(x, weight, bias, residual):
 @pytest.mark.parametrize("way", [one_by_one, grouped, ours])
 @pytest.mark.parametrize(("width", "side"), [(16, 32), (32, 16), (64, 8)])
 def test_member_convolution(timed, device, way, width, side):
-    if way is ours and convolution.missing(device) is not None:
-        pytest.skip(str(convolution.missing(device)))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if way is ours and convolution.missing(device, dtype) is not None:
+        pytest.skip(str(convolution.missing(device, dtype)))
     x, residual = torch.randn(2, MEMBERS, SAMPLES, side, side, width, device=device, dtype=dtype).unbind()
     weight = torch.randn(MEMBERS, width, 3, 3, width, device=device, dtype=dtype)
     bias = torch.randn(MEMBERS, width, device=device, dtype=dtype)
