@@ -1,17 +1,19 @@
 """Every kernel of the package once, in all its variants, on small problems: what compute-sanitizer is to watch.
 
-compute-sanitizer --tool memcheck python bench/every_kernel.py
+compute-sanitizer --tool memcheck python bench/every_kernel.py [native] [triton]
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 
-from ceat_fast.ops import dispatch
+from ceat_fast.ops import dispatch, member_training
 from ceat_fast.ops.chain import Chain, Link
 from ceat_fast.ops.convolution import MemberWeights
+from ceat_fast.ops.member_training import Norm
 from ceat_fast.ops.reference import CeatSettings
 
 LOSS_SIZES = ((3, 33, 10), (2, 5, 7), (3, 9, 100), (2, 3, 1000), (2, 2, 3000), (40, 3, 5))  # every way to hold a row
@@ -66,12 +68,25 @@ def chains() -> None:
         chain.input_gradient(out, masks, x)
 
 
+def training() -> None:
+    for channels, side in itertools.product((16, 64), ((5, 7), (8, 8))):
+        x = torch.randn(2, 3, *side, channels, device="cuda", dtype=torch.bfloat16)
+        norm = Norm(*(torch.rand(2, channels, device="cuda") for _ in range(4)), 0.1, 1e-5)
+        out, saved = member_training.normalise(x, norm, x, relu=True)
+        member_training.norm_gradients(out, out, x, saved, norm.weight, residual=True, relu=True)
+        member_training.weight_gradient(x, out, 1, point=False, channels=channels)
+
+
 def main() -> None:
-    for impl in ("native", "triton"):
+    impls = sys.argv[1:] or ["native", "triton"]
+    for impl in impls:
         losses(impl)
         steps(impl)
         convolutions(impl)
-    chains()
+    if "native" in impls:
+        chains()
+    if "triton" in impls:
+        training()
     torch.cuda.synchronize()
     print("every kernel ran")
 
