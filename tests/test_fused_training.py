@@ -186,6 +186,10 @@ def test_a_network(kernels, build):
             for parameter in itertools.chain(*(member.parameters() for member in (*ours, *plain))):
                 parameter.mul_(0.9)
     assert fused.is_current()
+    next(module for module in ours[1].modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    assert not fused.is_current()
+    ours[1].train()
+    assert fused.is_current()
     ours[0].to(torch.float64)
     assert not fused.is_current()
 

@@ -59,7 +59,9 @@ class FusedTraining:
         reason = triton_backend.missing("cuda") if x.is_cuda else None
         if reason is not None:
             raise NotFusableError(reason)
-        _require_plain(members)
+        reason = _obstacle(members)
+        if reason is not None:
+            raise NotFusableError(reason)
         self.members, self.dtype = list(members), dtype
         sample = x[:1].detach().expand(_SAMPLES, *x.shape[1:])
         graph = trace(copy.deepcopy(members[0]), sample)
@@ -69,9 +71,11 @@ class FusedTraining:
         self._proved = False
 
     def is_current(self) -> bool:
-        """False after assignments, .to() and the like: anything that replaced a tensor or its storage."""
+        """False after what replaced a tensor or its storage (assignments, .to()), or changed a mode, hook or flag."""
         tensors = [tensor for member in self.members for tensor in (*member.parameters(), *member.buffers())]
-        return len(tensors) == len(self._tensors) and all(
+        if len(tensors) != len(self._tensors) or _obstacle(self.members) is not None:
+            return False
+        return all(
             tensor is own and tensor.data_ptr() == place
             for tensor, own, place in zip(tensors, self._tensors, self._places, strict=True)
         )
@@ -118,15 +122,17 @@ def _distance(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return float((difference / max(sum(float(b.double().square().sum()) for b in right), 1e-30)) ** 0.5)
 
 
-def _require_plain(members: Sequence[nn.Module]) -> None:
+def _obstacle(members: Sequence[nn.Module]) -> str | None:
+    """Why they cannot be trained as one network as they are now, or None."""
     for member in members:
         for name, module in member.named_modules():
             if has_hooks(module):
-                raise NotFusableError(f"{name or type(member).__name__} has hooks")
+                return f"{name or type(member).__name__} has hooks"
             if not module.training:
-                raise NotFusableError(f"{name} is in eval mode")
+                return f"{name} is in eval mode"
         if not all(parameter.requires_grad for parameter in member.parameters()):
-            raise NotFusableError("some parameters are not trained")
+            return "some parameters are not trained"
+    return None
 
 
 class _Layers:
