@@ -98,9 +98,12 @@ class Ensemble(nn.Module):
         try:
             yield
         finally:
-            if self.replays:
-                self._graphs = GraphedCalls()
-            self.replays = False
+            self._stop_replaying()
+
+    def _stop_replaying(self) -> None:
+        """Also gives back what was captured."""
+        if self.replays:
+            self.replays, self._graphs = False, GraphedCalls()
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities of the ensemble (B, K), fp32 (fp64 for fp64 members); x as in `member_logits`."""
@@ -144,7 +147,8 @@ class Ensemble(nn.Module):
             except RuntimeError:  # not enough memory, or members that wait for the device
                 if not self.replays:
                     raise
-                self.replays = False
+                self._stop_replaying()
+                execution = self.execution(x.device)
         return self._run(execution, x, per_member=per_member)
 
     def _can_capture(self, x: Tensor) -> bool:

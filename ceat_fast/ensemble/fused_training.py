@@ -63,7 +63,7 @@ class FusedTraining:
         reason = _obstacle(members)
         if reason is not None:
             raise NotFusableError(reason)
-        self.members, self.dtype = list(members), dtype
+        self.members = list(members)
         sample = x[:1].detach().expand(_SAMPLES, *x.shape[1:])
         graph = trace(copy.deepcopy(members[0]), sample)
         self._layers = _Layers(graph, self.members, dtype)
@@ -97,9 +97,10 @@ class FusedTraining:
         buffers = [buffer for member in self.members for buffer in member.buffers()]
         before = [buffer.clone() for buffer in buffers]
         found: list[dict[str, Sequence[Tensor]]] = []
+        devices = range(torch.cuda.device_count())
         for call in (self._layers.run, self._plainly, self._exactly):
             # Equal draws: what they decide must not pass for rounding.
-            with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            with torch.enable_grad(), torch.random.fork_rng(devices):
                 torch.manual_seed(0)
                 logits = call(x)
                 outer = torch.linspace(-1, 1, logits.numel(), device=x.device).view_as(logits).to(logits.dtype)
@@ -149,7 +150,6 @@ class _Layers:
         self._input = next(node for node in graph.nodes if node.op == "placeholder")
         (self._output,) = next(node for node in graph.nodes if node.op == "output").args
         self._steps: list[_Convolution | _Norm | Operation] = []
-        self._counters: list[Tensor] = []
         modules = {node: [m.get_submodule(str(node.target)) for m in members] for node in _module_calls(graph)}
         kinds = {node: type(of[0]) for node, of in modules.items()}
         taken: dict[fx.Node, fx.Node] = {}  # nodes that a BatchNorm takes along, with the last of them

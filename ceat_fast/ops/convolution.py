@@ -249,30 +249,31 @@ def _launch(
     if not pixels:
         return out
     block = _BLOCK.get(channels, 64)
-    _kernel()[-(-pixels // block), members](
-        x,
-        taps,
-        x if bias is None else bias,
-        x if residual is None else residual,
-        x if gate is None else gate,
-        out,
-        samples,
-        height,
-        width,
-        out.shape[2],
-        out.shape[3],
-        *taps.stride(),
-        CHANNELS=channels,
-        FILTERS=out.shape[4],
-        STRIDE=stride,
-        TRANSPOSED=transposed,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_GATE=gate is not None,
-        RELU=relu,
-        BLOCK=block,
-        num_warps=4,
-    )
+    with triton_backend.on_device_of(x):
+        _kernel()[-(-pixels // block), members](
+            x,
+            taps,
+            x if bias is None else bias,
+            x if residual is None else residual,
+            x if gate is None else gate,
+            out,
+            samples,
+            height,
+            width,
+            out.shape[2],
+            out.shape[3],
+            *taps.stride(),
+            CHANNELS=channels,
+            FILTERS=out.shape[4],
+            STRIDE=stride,
+            TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_GATE=gate is not None,
+            RELU=relu,
+            BLOCK=block,
+            num_warps=4,
+        )
     return out
 
 

@@ -5,11 +5,14 @@ Tensors are (M, B, H, W, C), contiguous, in fp32 or bf16, C of the kernels' widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ceat_fast.ops import triton_backend
 
 _PROGRAMS = 264  # two for each multiprocessor of a large GPU
 _ELEMENTS = 4096  # of a tile
@@ -46,18 +49,13 @@ def normalise(y: Tensor, norm: Norm, residual: Tensor | None, *, relu: bool) -> 
     grid, sizes, partial = _plan(y)
     kernels = _kernels()
     channels = y.shape[-1]
-    kernels.statistics_kernel[grid](y, partial, *sizes, C=channels, BLOCK=_ELEMENTS // channels)
+    _launch(kernels.statistics_kernel, grid, [y, partial], *sizes, C=channels, BLOCK=_ELEMENTS // channels)
     out, saved = torch.empty_like(y), partial.new_empty(y.shape[0], 2, channels)
-    kernels.normalise_kernel[grid](
-        y,
-        partial,
-        norm.weight,
-        norm.bias,
-        y if residual is None else residual,
-        out,
-        saved,
-        norm.running_mean,
-        norm.running_var,
+    skip = y if residual is None else residual
+    _launch(
+        kernels.normalise_kernel,
+        grid,
+        [y, partial, norm.weight, norm.bias, skip, out, saved, norm.running_mean, norm.running_var],
         *sizes,
         partial.shape[1],
         norm.momentum,
@@ -79,7 +77,7 @@ def norm_gradients(
     kernels = _kernels()
     channels = y.shape[-1]
     constants = {"C": channels, "BLOCK": _ELEMENTS // channels, "RELU": relu}
-    kernels.gradient_sums_kernel[grid](grad, out, y, saved, partial, *sizes, **constants)
+    _launch(kernels.gradient_sums_kernel, grid, [grad, out, y, saved, partial], *sizes, **constants)
     # Without a ReLU the residual's gradient is the output's.
     is_new = residual and relu
     result = NormGradients(
@@ -88,17 +86,11 @@ def norm_gradients(
         torch.empty_like(weight),
         torch.empty_like(weight),
     )
-    kernels.norm_gradient_kernel[grid](
-        grad,
-        out,
-        y,
-        saved,
-        partial,
-        weight,
-        result.x,
-        result.residual if is_new else y,
-        result.weight,
-        result.bias,
+    other = result.residual if is_new and result.residual is not None else y
+    _launch(
+        kernels.norm_gradient_kernel,
+        grid,
+        [grad, out, y, saved, partial, weight, result.x, other, result.weight, result.bias],
         *sizes,
         partial.shape[1],
         PARTS=_MOST_PARTS,
@@ -127,10 +119,10 @@ def weight_gradient(x: Tensor, grad: Tensor, stride: int, *, point: bool, channe
     share = max(1, 64 // max(width_in, filters)) * _PROGRAMS // 2 // (rows * members)
     chunk = block * -(-pixels // (block * max(1, share)))
     partial = x.new_empty(members, -(-pixels // chunk), taps, width_in, filters, dtype=torch.float32)
-    _kernels().weight_gradient_kernel[partial.shape[1], rows, members](
-        x,
-        grad,
-        partial,
+    _launch(
+        _kernels().weight_gradient_kernel,
+        (partial.shape[1], rows, members),
+        [x, grad, partial],
         samples,
         height,
         width,
@@ -162,3 +154,8 @@ def _plan(y: Tensor) -> tuple[tuple[int, int], tuple[int, int], Tensor]:
 
 def _kernels() -> Any:
     return import_module("ceat_fast.ops.training_kernels")
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor], *numbers: float, **constants: Any) -> None:
+    with triton_backend.on_device_of(tensors[0]):
+        kernel[grid](*tensors, *numbers, **constants)

@@ -115,7 +115,8 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A `with` block in which kernels are launched on the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -161,7 +162,7 @@ def _ceat_loss(
     adv, nat = _with_dense_rows(adv), _with_dense_rows(nat)
     losses, adv_grad, nat_grad, parts = _new_ceat_outputs(adv, nat, need_grad, need_parts)
     tile = _Tile.of(members, classes)
-    with _on_device_of(adv):
+    with on_device_of(adv):
         _kernels().ceat_loss_kernel[(_ceil_div(batch, tile.samples),)](
             adv,
             nat,
@@ -199,7 +200,7 @@ def _ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int, need
     losses = logits.new_empty(batch, dtype=compute_dtype(logits.dtype))
     grad = _new_gradient(logits, need_grad)
     tile = _Tile.of(members, classes)
-    with _on_device_of(logits):
+    with on_device_of(logits):
         _kernels().ensemble_cross_entropy_kernel[(_ceil_div(batch, tile.samples),)](
             logits,
             target,
@@ -225,7 +226,7 @@ def _in_layout_of(out: Tensor, tensor: Tensor) -> Tensor:
 def _pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> Tensor:
     out = torch.empty_like(x)  # dense, so one flat index serves all four
     size = out.numel()
-    with _on_device_of(out):
+    with on_device_of(out):
         _kernels().pgd_step_kernel[(_ceil_div(size, _FLAT_BLOCK),)](
             *(_in_layout_of(out, tensor) for tensor in (x_adv, grad, x)), out, size, alpha, eps, BLOCK=_FLAT_BLOCK
         )
@@ -239,7 +240,7 @@ def _scale_gradients(adv_grad: Tensor, nat_grad: Tensor, loss_grad: Tensor) -> t
     kernels = _kernels()
     block_classes = min(_power_of_2(classes), _FLAT_BLOCK)
     block_rows = _FLAT_BLOCK // block_classes
-    with _on_device_of(adv_grad):
+    with on_device_of(adv_grad):
         kernels.scale_gradients_kernel[(_ceil_div(members * batch, block_rows),)](
             adv_grad,
             nat_grad,
