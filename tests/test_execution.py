@@ -225,3 +225,25 @@ def test_a_broken_or_unwritable_cache_costs_a_warning(tmp_path, monkeypatch, cap
     with caplog.at_level(logging.WARNING):
         tune(ensemble(), images())
     assert "cannot be remembered" in caplog.text
+
+
+def test_where_a_pass_cannot_be_captured_the_search_goes_on_without(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ens = Ensemble([digits_resnet() for _ in range(2)]).eval()
+    ens.is_view = True
+    monkeypatch.setattr(Ensemble, "_can_capture", lambda *_: True)
+    x = images().float()
+    right = ens.member_logits(x)
+    captured = []
+    with ens.replaying(torch.device("cuda")):
+        assert ens.execution(torch.device("cuda")).graph
+        monkeypatch.setattr(type(ens._graphs), "__call__", lambda *_: captured.append(1) or refuse())
+        kept = ens._graphs
+        torch.testing.assert_close(ens.member_logits(x), right)
+        assert captured
+        assert ens._graphs is not kept  # what was captured before is given back
+        assert not ens.execution(torch.device("cuda")).graph
+    with ens.replaying(torch.device("cpu")):
+        assert not ens.replays

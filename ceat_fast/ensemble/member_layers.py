@@ -43,6 +43,7 @@ class MemberConvolution:
         """The members' biases, if they have some."""
         return [layer.bias for layer in self.layers if layer.bias is not None]
 
+    @torch.no_grad()
     def storage(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Weights (M, F, 3, 3, C) and biases (M, F) of all members, 0 where they have none."""
         filters = self.layers[0].out_channels
