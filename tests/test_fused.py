@@ -61,7 +61,7 @@ class PlainWeights(MemberWeights):
 def on_cpu(monkeypatch):
     monkeypatch.setattr(fused.convolution, "missing", lambda device, dtype: None)
     monkeypatch.setattr(member_layers, "MemberWeights", PlainWeights)
-    monkeypatch.setitem(fused._TOLERANCE, torch.float64, 1e-9)
+    monkeypatch.setitem(fused._OUTPUT_SLACK, "cpu", 1e-9)
 
 
 def lived_in(build, members=3):
@@ -268,7 +268,7 @@ def test_auto_loops_over_what_cannot_be_fused(on_cpu, monkeypatch, model):
 
 
 def test_refused():
-    with pytest.raises(NotFusableError, match=r"for torch\.float32, not for torch\.float64"):
+    with pytest.raises(NotFusableError, match=r"for torch\.float32 and torch\.bfloat16, not for torch\.float64"):
         FusedMembers([resnet20().double()], torch.rand(1, 3, 8, 8).double())
     with pytest.raises(ValueError, match="'fused' goes with no option but graph"):
         Ensemble([resnet20()], "fused+channels_last")

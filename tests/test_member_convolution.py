@@ -19,6 +19,7 @@ from ceat_fast.ops.convolution import MemberWeights, pack
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = not INTERPRETED and triton_backend.missing("cuda") is None
 DEVICE = "cuda" if COMPILED else "cpu"
+BF16_BOUND = 0.12  # of single elements by the CPU's kernels
 on_native = pytest.mark.skipif(
     INTERPRETED or native.missing("cpu") is not None, reason=f"no native kernels: {native.missing('cpu')}"
 )
@@ -152,6 +153,26 @@ def test_on_the_cpu(shape, point):
 
 
 @on_native
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 30, (13, 9), 32, 48, 1), (2, 40, (9, 11), 16, 32, 2)], ids=str)
+@pytest.mark.parametrize("point", [False, True])
+def test_bf16_on_the_cpu(shape, point):
+    check_bf16(Problem(*shape, torch.bfloat16, point, "cpu"))
+
+
+def check_bf16(problem):
+    """What Winograd's transforms multiply is rounded: an error of a hundredth, at single elements more."""
+    check(problem, BF16_BOUND, "cpu")
+    weights = problem.weights("cpu")
+    out, right = weights.convolve(problem.x, relu=False), problem.right_output(False, False)
+    assert (out - right).norm() < 0.02 * right.norm()
+    grad, right = (
+        weights.input_gradient(problem.grad, problem.height, problem.width),
+        problem.right_gradient(False, False),
+    )
+    assert (grad - right).norm() < 0.02 * right.norm()
+
+
+@on_native
 @settings(max_examples=60, deadline=None)
 @given(
     members=st.integers(1, 3),
@@ -162,23 +183,27 @@ def test_on_the_cpu(shape, point):
     filters=st.integers(1, 3),
     stride=st.integers(1, 2),
     point=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_any_size_on_the_cpu(members, samples, height, width, channels, filters, stride, point):
+def test_any_size_on_the_cpu(members, samples, height, width, channels, filters, stride, point, dtype):
     shape = members, samples, (height, width), 16 * channels, 16 * filters, stride
-    check(Problem(*shape, torch.float32, point, "cpu"), 1e-4, "cpu")
+    check(Problem(*shape, dtype, point, "cpu"), 1e-4 if dtype == torch.float32 else BF16_BOUND, "cpu")
 
 
 @on_native
 @pytest.mark.parametrize("inputs", [1, 3, 16, 17])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_channels_that_are_zeros_need_not_be_given(inputs, stride):
-    problem = Problem(2, 3, (9, 6), 32, 16, stride, torch.float32, device="cpu")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, BF16_BOUND)])
+def test_channels_that_are_zeros_need_not_be_given(inputs, stride, dtype, bound):
+    problem = Problem(2, 3, (9, 6), 32, 16, stride, dtype, device="cpu")
     problem.weight[..., inputs:] = 0.0
     weights = MemberWeights(problem.weight, problem.bias, stride, inputs=inputs, kernel="cpu")
-    out = weights.convolve(problem.x[..., :inputs].contiguous(), problem.residual, relu=True)
-    torch.testing.assert_close(out.double(), problem.right_output(True, True), rtol=1e-4, atol=1e-4)
+    assert weights.channels_in == (inputs if dtype == torch.float32 else inputs + inputs % 2)
+    x = problem.x[..., : weights.channels_in].contiguous()
+    out = weights.convolve(x, problem.residual, relu=True)
+    torch.testing.assert_close(out.double(), problem.right_output(True, True), rtol=bound, atol=bound)
     grad = weights.input_gradient(problem.grad, 9, 6)
-    torch.testing.assert_close(grad.double(), problem.right_gradient(False, False), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad.double(), problem.right_gradient(False, False), rtol=bound, atol=bound)
 
 
 @on_native
@@ -190,14 +215,15 @@ def test_nan_passes_a_relu_on_the_cpu(stride):
 
 
 @on_native
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_of_the_cpu(isa):
     """Each set that this CPU runs gives the same convolution; a set that it lacks stands for a lesser one."""
     code = (
         "import torch\n"
-        "from tests.test_member_convolution import Problem, check\n"
+        "from tests.test_member_convolution import Problem, check, check_bf16\n"
         "for stride in (1, 2):\n"
         "    check(Problem(2, 3, (7, 9), 32, 48, stride, torch.float32, device='cpu'), 1e-4, 'cpu')\n"
+        "    check_bf16(Problem(2, 3, (7, 9), 32, 48, stride, torch.bfloat16, device='cpu'))\n"
     )
     environment = {**os.environ, "CEAT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -207,16 +233,17 @@ def test_every_instruction_set_of_the_cpu(isa):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 1, 4, 4, 16).double()}, "x must be contiguous float32"),
-        ({"x": torch.zeros(2, 1, 4, 4, 3)}, "weights must be contiguous float32"),
-        ({"bias": torch.zeros(16)}, "bias must be contiguous float32"),
-        ({"residual": torch.zeros(2, 1, 4, 4, 32)}, "residual must be contiguous float32"),
-        ({"gate": torch.zeros(2, 1, 4, 2, 16)}, "gate must be contiguous float32"),
+        ({"x": torch.zeros(2, 1, 4, 4, 16).bfloat16()}, "x must be contiguous .* of out's type"),
+        ({"x": torch.zeros(2, 1, 4, 4, 3)}, "weights must be contiguous, of out's type"),
+        ({"bias": torch.zeros(16)}, "bias must be contiguous, of out's type"),
+        ({"residual": torch.zeros(2, 1, 4, 4, 32)}, "residual must be contiguous, of out's type"),
+        ({"gate": torch.zeros(2, 1, 4, 2, 16)}, "gate must be contiguous, of out's type"),
         ({"out": torch.zeros(2, 1, 4, 4, 24)}, "filters must be a multiple of 16, got 24"),
         ({"direction": 1}, "do not go with the direction"),
         ({"out": torch.zeros(2, 2, 4, 4, 16)}, "out must have the members and samples of x"),
-        ({"out": torch.zeros(2, 1, 4, 16)}, "out must be contiguous float32"),
-        ({"weights": torch.zeros(2, 1, 9, 16, 16), "direction": 3}, "direction must be 0, 1 or 2, got 3"),
+        ({"out": torch.zeros(2, 1, 4, 16)}, "out must be contiguous"),
+        ({"out": torch.zeros(2, 1, 4, 4, 16).half()}, "out must be float32 or bfloat16"),
+        ({"weights": torch.zeros(2, 1, 9, 16, 16, 1), "direction": 3}, "direction must be 0, 1 or 2, got 3"),
         ({"out": torch.zeros(2, 1, 5, 4, 16)}, "an output of 5 x 4 does not belong to an input of 4 x 4"),
     ],
 )
@@ -224,7 +251,7 @@ def test_the_native_op_refuses_what_it_would_misread(change, message):
     arguments = {
         "out": torch.ones(2, 1, 4, 4, 16),
         "x": torch.zeros(2, 1, 4, 4, 16),
-        "weights": torch.zeros(2, 1, 36, 16, 16),
+        "weights": torch.zeros(2, 1, 36, 16, 16, 1),
         "bias": None,
         "residual": None,
         "gate": None,

@@ -135,7 +135,7 @@ def test_opcheck_and_refusals():
             op(*arguments)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """Each set that this CPU runs gives the same convolution; a set that it lacks stands for a lesser one."""
     code = (

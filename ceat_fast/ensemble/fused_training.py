@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from ceat_fast.ensemble.architecture import has_hooks
 from ceat_fast.ensemble.layouts import Rearrangement
+from ceat_fast.ensemble.proof import is_as_close
 from ceat_fast.ensemble.traced import (
     NotFusableError,
     Operation,
@@ -37,8 +38,7 @@ from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.member_training import Norm
 
 _SAMPLES = 2  # to trace with: BatchNorm in train mode wants more than one
-# How far outputs, statistics and gradients may lie from those in fp32, relative to their norms: twice as far as the
-# members' own in the same type, whose gradients can be a third away in bf16, and so much.
+# How far outputs, statistics and gradients may lie from those in fp32: see `is_as_close`.
 _SLACK = {"outputs": 0.05, "running statistics": 0.02, "gradients": 0.05}
 
 
@@ -113,7 +113,7 @@ class FusedTraining:
         if ours["outputs"][0].shape != exact["outputs"][0].shape:
             raise NotFusableError("outputs have another shape than the members'")
         for what, slack in _SLACK.items():
-            if _distance(ours[what], exact[what]) > 2 * _distance(plain[what], exact[what]) + slack:
+            if not is_as_close(ours[what], plain[what], exact[what], slack):
                 raise NotFusableError(f"{what} in train mode are not those of the members")
 
     def _plainly(self, x: Tensor) -> Tensor:
@@ -122,12 +122,6 @@ class FusedTraining:
     def _exactly(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self._plainly(x)
-
-
-def _distance(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Of all tensors together, relative; NaN is no distance, since it may be right."""
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, right, strict=True))
-    return float((difference / max(sum(float(b.double().square().sum()) for b in right), 1e-30)) ** 0.5)
 
 
 def _obstacle(members: Sequence[nn.Module]) -> str | None:

@@ -5,7 +5,7 @@ the other, and its grouped convolution falls back to direct kernels. Three kerne
 
 * "cuda": in bf16, up to 64 channels (csrc/cuda/convolution.cu);
 * "triton": on a GPU, every other type and up to 128 channels;
-* "cpu": in fp32, Winograd's F(4x4, 3x3) for stride 1, the definition for all else (csrc/cpu).
+* "cpu": in fp32 and bf16, Winograd's F(4x4, 3x3) for stride 1, the definition for all else (csrc/cpu).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ceat_fast.ops.winograd import CHANNEL_BLOCK, filters_at_points
 
 WIDTHS = (16, 32, 64, 128)  # channels and filters on a GPU: sides of the tiles that matrix units multiply
 _CUDA_WIDTHS = (16, 32, 64)
+_CPU_TYPES = (torch.float32, torch.bfloat16)
 _TAPS = 9
 _MIDDLE = 4
 _BLOCK = {16: 128}  # output pixels of one Triton program, by channels
@@ -55,8 +56,8 @@ def missing(device_type: str, dtype: torch.dtype) -> str | None:
     """None where one of the kernels runs for this type, else the reason in one line."""
     if device_type != "cpu":
         return triton_backend.missing(device_type)
-    if dtype != torch.float32:
-        return f"the kernels for the CPU are for torch.float32, not for {dtype}"
+    if dtype not in _CPU_TYPES:
+        return f"the kernels for the CPU are for torch.float32 and torch.bfloat16, not for {dtype}"
     return native.missing("cpu")
 
 
@@ -81,7 +82,7 @@ class MemberWeights:
     Who changes them in place calls `refresh` before the next convolution.
 
     Attributes:
-        channels_in: channels that `convolve` wants of x: C, but on a CPU just those that matter.
+        channels_in: channels that `convolve` wants of x: C, but on a CPU those that matter, an even number in bf16.
         buffers: where results are written on a CPU.
 
     Raises:
@@ -113,7 +114,10 @@ class MemberWeights:
         self.bias, self.stride, self.point = bias, stride, point
         self.buffers = Buffers()
         self.buffers.close()
-        self.channels_in = (inputs or self.channels) if self.kernel == "cpu" else self.channels
+        self.channels_in = self.channels
+        if self.kernel == "cpu":
+            per_word = _channels_per_word(weights)
+            self.channels_in = -(-(inputs or self.channels) // per_word) * per_word
         self.weights, self.taps = weights, taps_of(weights)
         self.refresh()
 
@@ -148,8 +152,8 @@ class MemberWeights:
             return pack(taps)
         if self.stride == 1 and not self.point and taps.shape[2] % CHANNEL_BLOCK == 0:
             taps = filters_at_points(taps.flip(1) if turned else taps)
-        blocks = taps.reshape(*taps.shape[:3], -1, CHANNEL_BLOCK)
-        return blocks.permute(0, 3, 1, 2, 4).contiguous()
+        blocks = taps.unflatten(3, (-1, CHANNEL_BLOCK)).unflatten(2, (-1, _channels_per_word(taps)))
+        return blocks.permute(0, 4, 1, 2, 5, 3).contiguous()
 
     def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool) -> Tensor:
         """conv(x) + bias + residual, then perhaps ReLU: (M, B, H, W, C) -> (M, B, ceil(H / s), ceil(W / s), F).
@@ -204,6 +208,11 @@ def _fastest(weights: Tensor) -> str:
     narrow = weights.shape[4] in _CUDA_WIDTHS and weights.shape[1] in _CUDA_WIDTHS
     bf16 = weights.is_cuda and weights.dtype == torch.bfloat16
     return "cuda" if narrow and bf16 and native.missing("cuda") is None else "triton"
+
+
+def _channels_per_word(tensor: Tensor) -> int:
+    """Of the 4 bytes in which the CPU's kernels read channels."""
+    return 4 // tensor.element_size()
 
 
 def taps_of(weights: Tensor) -> Tensor:

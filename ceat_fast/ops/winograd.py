@@ -60,21 +60,23 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return _run(x, weight, bias, False)
 
 
-# G of the filter transform G g G^T (csrc/cpu/winograd.cpp), for points 0, 1, -1, 2, -2 and infinity.
+# G of the filter transform G g G^T (csrc/cpu/winograd.cpp), for points 0, 5/8, -5/8, 3/2, -3/2 and infinity.
+_A, _B = 5 / 8, 3 / 2
+_NA, _NB = 2 * _A**2 * (_A**2 - _B**2), 2 * _B**2 * (_B**2 - _A**2)
 _G = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
+    (1 / (_A * _B) ** 2, 0, 0),
+    (1 / _NA, _A / _NA, _A**2 / _NA),
+    (1 / _NA, -_A / _NA, _A**2 / _NA),
+    (1 / _NB, _B / _NB, _B**2 / _NB),
+    (1 / _NB, -_B / _NB, _B**2 / _NB),
     (0, 0, 1),
 )
 
 
 def filters_at_points(taps: Tensor) -> Tensor:
     """3x3 filters (M, 9, C, F) at the points of the transform: (M, 36, C, F)."""
-    g = torch.tensor(_G, dtype=taps.dtype, device=taps.device)
-    points = torch.kron(g, g) @ taps.flatten(2)
+    g = torch.tensor(_G, device=taps.device)
+    points = (torch.kron(g, g) @ taps.flatten(2).float()).to(taps.dtype)
     return points.view(*points.shape[:2], *taps.shape[2:])
 
 

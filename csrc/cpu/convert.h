@@ -1,6 +1,10 @@
 // Element types of logits and gradients, and their conversion to and from the type that is computed in.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -62,7 +66,12 @@ typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
 CEAT_HD VecF load_wide(const float* from) { return load<VecF>(from); }
 CEAT_HD VecD load_wide(const double* from) { return load<VecD>(from); }
 CEAT_HD VecF load_wide(const BFloat16* from) {
+#ifdef __AVX512F__
+  // The form without a mask warns of an uninitialised operand in GCC 12.
+  return from_bfloat16<VecF>(WideBits(_mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(from))));
+#else
   return from_bfloat16<VecF>(__builtin_convertvector(load<HalfBits>(from), WideBits));
+#endif
 }
 CEAT_HD VecF load_wide(const Half* from) {
   return from_half<VecF>(__builtin_convertvector(load<HalfBits>(from), WideBits));

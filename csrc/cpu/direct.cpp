@@ -19,15 +19,17 @@ using ceat_cpu::kPixelBlock;
 using ceat_cpu::PixelGrid;
 
 // Where the inputs and the outputs of a pixel lie.
+template <class E>
 struct Pixel {
-  const float* from[kMaxTaps];  // the channels under each tap
-  int64_t to;                   // in the output
+  const E* from[kMaxTaps];  // the channels under each tap
+  int64_t to;               // in the output
 };
 
 // Walks over the pixels of a member's grid. `zeros` are the channels of what lies outside.
+template <class E>
 class Walk {
  public:
-  Walk(const DirectProblem& p, int64_t member, int64_t index, const float* zeros) : p_(p), zeros_(zeros) {
+  Walk(const DirectProblem& p, int64_t member, int64_t index, const E* zeros) : p_(p), zeros_(zeros) {
     const PixelGrid& grid = p.grid;
     const int64_t in_sample = grid.count[0] * grid.count[1];
     sample_ = member * p.samples + index / in_sample;
@@ -42,11 +44,11 @@ class Walk {
     }
   }
 
-  Pixel next() {
+  Pixel<E> next() {
     const PixelGrid& grid = p_.grid;
     const int64_t y = grid.in_step * i_, x = grid.in_step * j_;
-    const float* middle = p_.x + ((sample_ * p_.in_height + y) * p_.in_width + x) * p_.channels;
-    Pixel pixel;
+    const E* middle = static_cast<const E*>(p_.x) + ((sample_ * p_.in_height + y) * p_.in_width + x) * p_.channels;
+    Pixel<E> pixel;
     if (y + least_[0] >= 0 && y + most_[0] < p_.in_height && x + least_[1] >= 0 && x + most_[1] < p_.in_width) {
       for (int t = 0; t < grid.taps; ++t) pixel.from[t] = middle + delta_[t];
     } else {
@@ -72,61 +74,63 @@ class Walk {
   }
 
   const DirectProblem& p_;
-  const float* zeros_;
+  const E* zeros_;
   int64_t sample_, i_, j_;
   int64_t delta_[kMaxTaps], least_[2] = {0, 0}, most_[2] = {0, 0};
 };
 
-// Sixteen filters at kRows pixels, of which the first `count` are stored; weights: (taps, channels, 16).
-inline void convolve_rows(const DirectProblem& p, const Pixel* pixels, int count, const float* weights, int64_t filter,
-                          const float* bias) {
-  constexpr int kLanesF = kLanes<float>;
-  VecF sum[kRows][kVectors] = {};
+// Sixteen filters at kRows pixels, of which the first `count` are stored; weights: (taps, words, 16, ...).
+template <class E>
+inline void convolve_rows(const DirectProblem& p, const Pixel<E>* pixels, int count, const E* weights, int64_t filter,
+                          const VecF (&offset)[kVectors]) {
+  Sums<E> sums;
   for (int t = 0; t < p.grid.taps; ++t) {
-    const float* from[kRows];
+    const E* from[kRows];
     for (int r = 0; r < kRows; ++r) from[r] = pixels[r].from[t];
-    const float* tap = weights + p.grid.tap[t] * p.channels * kChannelBlock;
-    for (int64_t c = 0; c < p.channels; ++c) {
-      VecF weight[kVectors];
-      for (int v = 0; v < kVectors; ++v) weight[v] = load<VecF>(tap + c * kChannelBlock + v * kLanesF);
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const VecF value = VecF{} + from[r][c];
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * weight[v];
-      }
+    const E* tap = weights + p.grid.tap[t] * p.channels * kChannelBlock;
+    for (int64_t c = 0; c < p.channels; c += kChannelsPerWord<E>) {
+      sums.add([&](auto row) { return from[row] + c; }, tap + c * kChannelBlock);
     }
   }
-  for (int r = 0; r < count; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t place = pixels[r].to + filter + v * kLanesF;
-      const VecF offset = bias != nullptr ? load<VecF>(bias + filter + v * kLanesF) : VecF{};
-      store(p.out + place, finish(p.epilogue, sum[r][v] + offset, place));
+  unrolled<kRows>([&](auto r) {
+    if (r >= count) return;
+    unrolled<kVectors>([&](auto v) {
+      const int64_t place = pixels[r].to + filter + v * kLanes<float>;
+      finish(p.epilogue, sums.at[r * kVectors + v], offset[v], place, static_cast<E*>(p.out));
+    });
+  });
+}
+
+template <class E>
+void convolve_pixels(const DirectProblem& p, int64_t begin, int64_t end) {
+  ceat_cpu::Scratch scratch(p.channels * sizeof(E));
+  E* zeros = scratch.take<E>(p.channels);
+  std::fill(zeros, zeros + p.channels, E{});
+  Pixel<E> pixels[kPixelBlock];
+
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t member = block / p.blocks(), first = block % p.blocks() * kPixelBlock;
+    const int64_t count = std::min(kPixelBlock, p.pixels() - first);
+    Walk<E> walk(p, member, first, zeros);
+    for (int64_t i = 0; i < count; ++i) pixels[i] = walk.next();
+    // Rows past the last pixel are multiplied along and never stored.
+    for (int64_t i = count; i % kRows != 0; ++i) pixels[i] = pixels[count - 1];
+    for (int64_t filter = 0; filter < p.filters; filter += kChannelBlock) {
+      const E* weights = static_cast<const E*>(p.weights) + (member * p.filters + filter) * p.taps * p.channels;
+      VecF offset[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        offset[v] = offset_of<E>(p.epilogue, member * p.filters + filter + v * kLanes<float>);
+      }
+      for (int64_t i = 0; i < count; i += kRows) {
+        convolve_rows(p, pixels + i, static_cast<int>(std::min<int64_t>(kRows, count - i)), weights, filter, offset);
+      }
     }
   }
 }
 
 void convolve_pixels(const DirectProblem& p, int64_t begin, int64_t end) {
-  ceat_cpu::Scratch scratch(p.channels * sizeof(float));
-  float* zeros = scratch.take<float>(p.channels);
-  std::fill(zeros, zeros + p.channels, 0.0f);
-  Pixel pixels[kPixelBlock];
-
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t member = block / p.blocks(), first = block % p.blocks() * kPixelBlock;
-    const int64_t count = std::min(kPixelBlock, p.pixels() - first);
-    const float* bias = p.epilogue.bias != nullptr ? p.epilogue.bias + member * p.filters : nullptr;
-    Walk walk(p, member, first, zeros);
-    for (int64_t i = 0; i < count; ++i) pixels[i] = walk.next();
-    // Rows past the last pixel are multiplied along and never stored.
-    for (int64_t i = count; i % kRows != 0; ++i) pixels[i] = pixels[count - 1];
-    for (int64_t filter = 0; filter < p.filters; filter += kChannelBlock) {
-      const float* weights = p.weights + (member * p.filters + filter) * p.taps * p.channels;
-      for (int64_t i = 0; i < count; i += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
-        convolve_rows(p, pixels + i, rows, weights, filter, bias);
-      }
-    }
-  }
+  p.dtype == ceat_cpu::DType::kBFloat16 ? convolve_pixels<BFloat16>(p, begin, end)
+                                        : convolve_pixels<float>(p, begin, end);
 }
 
 }  // namespace CEAT_ISA

@@ -76,19 +76,21 @@ struct FilterProblem {
 };
 
 // What a convolution does to each sum: + bias[filter] + residual, ReLU, and 0 where `gate` is not positive. Each may be
-// missing (null or false); residual and gate are of the output's shape.
+// missing (null or false); residual and gate are of the output's shape, and all of its type.
 struct Epilogue {
-  const float *bias, *residual, *gate;
+  const void *bias, *residual, *gate;
   bool relu;
 };
 
 // 3x3 with stride 1 and padding 1, of every member: x (members, samples, height, width, channels), out (members,
-// samples, height, width, filters), bias (members, filters), `filters_at_points` from a FilterProblem for each member.
+// samples, height, width, filters), bias (members, filters), all kFloat or all kBFloat16. filters_at_points (members,
+// filters / 16, 36, words, 16, channels per word), see inner_product.h.
 struct ConvolutionProblem {
-  const float *x, *filters_at_points;
+  DType dtype;
+  const void *x, *filters_at_points;
   Epilogue epilogue;
   int64_t members, samples, height, width, channels, filters;
-  float* out;
+  void* out;
 
   int64_t tiles_down() const { return (height + 3) / 4; }
   int64_t tiles_across() const { return (width + 3) / 4; }
@@ -107,13 +109,15 @@ struct PixelGrid {
   int taps, tap[kMaxTaps], offset[kMaxTaps][2];
 };
 
-// Any taps and channels, by its definition: weights (members, filters / 16, taps, channels, 16).
+// Any taps and channels, by its definition: kFloat, or kBFloat16 with channels in pairs; weights (members,
+// filters / 16, taps, words, 16, channels per word).
 struct DirectProblem {
-  const float *x, *weights;
+  DType dtype;
+  const void *x, *weights;
   Epilogue epilogue;
   int64_t members, samples, in_height, in_width, channels, out_height, out_width, filters, taps;
   PixelGrid grid;
-  float* out;
+  void* out;
 
   int64_t pixels() const { return samples * grid.count[0] * grid.count[1]; }
   int64_t blocks() const { return (pixels() + kPixelBlock - 1) / kPixelBlock; }  // of one member
@@ -134,6 +138,7 @@ struct Kernels {
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 
 // The best set that this CPU runs.
 const Kernels& kernels();

@@ -235,7 +235,8 @@ Tensor winograd_convolution(const Tensor& x, const Tensor& weight, const std::op
   }
   Tensor out = empty_channels_last(x, {samples, filters, height, width});
   const Tensor offset = bias ? dense(*bias) : out;
-  const ceat_cpu::ConvolutionProblem problem{x.const_data_ptr<float>(),
+  const ceat_cpu::ConvolutionProblem problem{DType::kFloat,
+                                             x.const_data_ptr<float>(),
                                              filter.out,
                                              {bias ? offset.const_data_ptr<float>() : nullptr, nullptr, nullptr, false},
                                              1,
@@ -281,31 +282,36 @@ ceat_cpu::PixelGrid pixel_grid(Direction direction, bool point, bool flipped, co
   return grid;
 }
 
-const float* floats_of(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes) {
+const void* data_of(const std::optional<Tensor>& t, const char* name, ScalarType dtype,
+                    std::initializer_list<int64_t> sizes) {
   if (!t) return nullptr;
-  bool fits = t->dim() == int64_t(sizes.size()) && t->scalar_type() == ScalarType::Float && t->is_contiguous();
+  bool fits = t->dim() == int64_t(sizes.size()) && t->scalar_type() == dtype && t->is_contiguous();
   for (int64_t i = 0; fits && i < t->dim(); ++i) fits = t->size(i) == sizes.begin()[i];
-  STD_TORCH_CHECK(fits, name, " must be contiguous float32 of the shape that x, weights and sizes give");
-  return t->const_data_ptr<float>();
+  STD_TORCH_CHECK(fits, name, " must be contiguous, of out's type and of the shape that x, weights and sizes give");
+  return t->data_ptr();
 }
 
-// x (M, B, H, W, C), out (M, B, H', W', F); weights (M, F/16, P, C, 16): P = 36 filters at the points of winograd.cpp,
-// 9 taps, or 1.
+// x (M, B, H, W, C), out (M, B, H', W', F), fp32 or bf16; weights (M, F/16, P, words, 16, channels per word), see
+// inner_product.h: P = 36 filters at the points of winograd.cpp, 9 taps, or 1.
 void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weights, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, int64_t direction,
                         bool point, bool flipped, bool relu) {
-  STD_TORCH_CHECK(out.dim() == 5 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
-                  "out must be contiguous float32 (M, B, H, W, F)");
+  const ScalarType dtype = out.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "out must be float32 or bfloat16");
+  STD_TORCH_CHECK(out.dim() == 5 && out.is_contiguous(), "out must be contiguous (M, B, H, W, F)");
   const int64_t out_height = out.size(2), out_width = out.size(3), filters = out.size(4);
-  STD_TORCH_CHECK(x.dim() == 5 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
-                  "x must be contiguous float32 (M, B, H, W, C)");
+  STD_TORCH_CHECK(x.dim() == 5 && x.scalar_type() == dtype && x.is_contiguous(),
+                  "x must be contiguous (M, B, H, W, C) of out's type");
   const int64_t members = x.size(0), samples = x.size(1), height = x.size(2), width = x.size(3), channels = x.size(4);
   STD_TORCH_CHECK(out.size(0) == members && out.size(1) == samples, "out must have the members and samples of x");
-  const int64_t products = weights.dim() == 5 ? weights.size(2) : 0;
+  const int64_t per_word = dtype == ScalarType::BFloat16 ? 2 : 1;
+  STD_TORCH_CHECK(channels % per_word == 0, "channels of bfloat16 come in pairs, got ", channels);
+  const int64_t products = weights.dim() == 6 ? weights.size(2) : 0;
   const bool by_points = products == ceat_cpu::kTilePoints;
   const std::optional<Tensor> given = weights;
-  const float* packed =
-      floats_of(given, "weights", {members, filters / 16, products, channels, ceat_cpu::kChannelBlock});
+  const void* packed =
+      data_of(given, "weights", dtype,
+              {members, filters / 16, products, channels / per_word, ceat_cpu::kChannelBlock, per_word});
   STD_TORCH_CHECK(filters > 0 && filters % ceat_cpu::kChannelBlock == 0, "filters must be a multiple of 16, got ",
                   filters);
   STD_TORCH_CHECK(by_points ? direction == kStride1 && !point && channels % ceat_cpu::kChannelBlock == 0
@@ -318,19 +324,22 @@ void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weight
                   "an output of ", out_height, " x ", out_width, " does not belong to an input of ", height, " x ",
                   width);
 
-  const ceat_cpu::Epilogue epilogue{floats_of(bias, "bias", {members, filters}),
-                                    floats_of(residual, "residual", {members, samples, out_height, out_width, filters}),
-                                    floats_of(gate, "gate", {members, samples, out_height, out_width, filters}), relu};
-  const float* from = x.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
+  const auto like_out = [&](const std::optional<Tensor>& t, const char* name) {
+    return data_of(t, name, dtype, {members, samples, out_height, out_width, filters});
+  };
+  const ceat_cpu::Epilogue epilogue{data_of(bias, "bias", dtype, {members, filters}), like_out(residual, "residual"),
+                                    like_out(gate, "gate"), relu};
+  const DType type = dtype_of(out);
+  const void* from = x.data_ptr();
+  void* to = out.data_ptr();
   if (by_points) {
-    return convolve({from, packed, epilogue, members, samples, height, width, channels, filters, to});
+    return convolve({type, from, packed, epilogue, members, samples, height, width, channels, filters, to});
   }
   const int parities = direction == kTransposed2 ? 2 : 1;
   for (int y = 0; y < parities; ++y) {
     for (int x_parity = 0; x_parity < parities; ++x_parity) {
       const auto grid = pixel_grid(Direction(direction), point, flipped, {out_height, out_width}, {y, x_parity});
-      convolve({from, packed, epilogue, members, samples, height, width, channels, out_height, out_width, filters,
+      convolve({type, from, packed, epilogue, members, samples, height, width, channels, out_height, out_width, filters,
                 products, grid, to});
     }
   }

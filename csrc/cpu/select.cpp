@@ -13,11 +13,14 @@ const Kernels& best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   // A ceiling, for tests and comparisons: a set that this CPU lacks is never chosen.
   const char* ceiling = std::getenv("CEAT_FAST_CPU_ISA");
-  const auto allowed = [&](const char* name) { return ceiling == nullptr || std::strcmp(ceiling, name) == 0; };
-  if (avx512 && allowed("avx512")) return kernels_avx512;
-  if (avx2 && (allowed("avx2") || allowed("avx512"))) return kernels_avx2;
+  const auto named = [&](const char* name) { return ceiling != nullptr && std::strcmp(ceiling, name) == 0; };
+  const bool highest = ceiling == nullptr || named("avx512_bf16");
+  if (bf16 && highest) return kernels_avx512_bf16;
+  if (avx512 && (highest || named("avx512"))) return kernels_avx512;
+  if (avx2 && (highest || named("avx512") || named("avx2"))) return kernels_avx2;
 #endif
   return kernels_portable;
 }
