@@ -283,6 +283,8 @@ class _Gradients:
         """The gradient of a value, before the ReLU of its step if it has one."""
         grad = self._sums.pop(node, None)
         if grad is not None and self._has_relu(node) and node not in self._gated:
+            # In one memory format it is one sweep; what comes from a pooling layer is in the other.
+            grad = grad.contiguous(memory_format=torch.channels_last)
             grad = torch.ops.aten.threshold_backward(grad, self._values[node], 0)
         return grad
 

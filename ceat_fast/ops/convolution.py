@@ -152,7 +152,9 @@ class MemberWeights:
             return pack(taps)
         if self.stride == 1 and not self.point and taps.shape[2] % CHANNEL_BLOCK == 0:
             taps = filters_at_points(taps.flip(1) if turned else taps)
-        blocks = taps.unflatten(3, (-1, CHANNEL_BLOCK)).unflatten(2, (-1, _channels_per_word(taps)))
+        members, count, channels, filters = taps.shape
+        word = _channels_per_word(taps)
+        blocks = taps.reshape(members, count, channels // word, word, filters // CHANNEL_BLOCK, CHANNEL_BLOCK)
         return blocks.permute(0, 4, 1, 2, 5, 3).contiguous()
 
     def convolve(self, x: Tensor, residual: Tensor | None = None, *, relu: bool) -> Tensor:
