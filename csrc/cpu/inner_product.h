@@ -61,14 +61,14 @@ inline __attribute__((always_inline)) void unrolled(const Body& body) {
   unrolled(body, std::make_index_sequence<size_t(count)>());
 }
 
-// Sums of sixteen filters at kRows rows.
+// Sums of sixteen filters at kRows rows. Whatever takes its address would put it into memory.
 template <class E>
-struct Sums {
+class Sums {
+ public:
   static constexpr int kWeights = ceat_cpu::kChannelBlock * kChannelsPerWord<E>;  // of a word
-  VecF at[kRows * kVectors];                                                      // row by row
 
   inline __attribute__((always_inline)) Sums() {
-    unrolled<kRows * kVectors>([&](auto i) { at[i] = VecF{}; });
+    unrolled<kRows * kVectors>([&](auto i) { at_[i] = VecF{}; });
   }
 
   // Adds the products of a word of each row, at from(row), and its weights.
@@ -82,10 +82,18 @@ struct Sums {
       const Words value = Words{} + word;
       unrolled<kVectors>([&](auto v) {
         constexpr int i = row * kVectors + v;
-        at[i] = Product<E>::add(at[i], value, weight[v]);
+        at_[i] = Product<E>::add(at_[i], value, weight[v]);
       });
     });
   }
+
+  // Writes (kRows, 16).
+  inline __attribute__((always_inline)) void write(float* out) const {
+    unrolled<kRows * kVectors>([&](auto i) { store(out + i * kLanes<float>, at_[i]); });
+  }
+
+ private:
+  VecF at_[kRows * kVectors];  // row by row
 };
 
 // A vector of fp32 to memory, rounded to nearest even.

@@ -108,18 +108,20 @@ struct PixelGrid {
   int64_t first[2], step, count[2], in_step;
   int taps, tap[kMaxTaps], offset[kMaxTaps][2];
 };
+constexpr int kMaxGrids = 4;
 
 // Any taps and channels, by its definition: kFloat, or kBFloat16 with channels in pairs; weights (members,
-// filters / 16, taps, words, 16, channels per word).
+// filters / 16, taps, words, 16, channels per word). The first grid has the most pixels.
 struct DirectProblem {
   DType dtype;
   const void *x, *weights;
   Epilogue epilogue;
   int64_t members, samples, in_height, in_width, channels, out_height, out_width, filters, taps;
-  PixelGrid grid;
+  int grids;
+  PixelGrid grid[kMaxGrids];
   void* out;
 
-  int64_t pixels() const { return samples * grid.count[0] * grid.count[1]; }
+  int64_t pixels() const { return samples * grid[0].count[0] * grid[0].count[1]; }
   int64_t blocks() const { return (pixels() + kPixelBlock - 1) / kPixelBlock; }  // of one member
 };
 

@@ -202,7 +202,7 @@ void convolve(const ceat_cpu::ConvolutionProblem& p) {
 }
 void convolve(const ceat_cpu::DirectProblem& p) {
   in_parallel(
-      p.members * p.blocks(), ceat_cpu::kPixelBlock * (p.grid.taps * p.channels + 16) * p.filters / 16,
+      p.members * p.blocks(), ceat_cpu::kPixelBlock * (p.taps * p.channels + 16) * p.filters / 16,
       [&](int64_t begin, int64_t end) { ceat_cpu::kernels().convolve_pixels(p, begin, end); }, 1);
 }
 
@@ -335,14 +335,16 @@ void member_convolution(const Tensor& out, const Tensor& x, const Tensor& weight
   if (by_points) {
     return convolve({type, from, packed, epilogue, members, samples, height, width, channels, filters, to});
   }
+  ceat_cpu::DirectProblem problem{type,     from,       packed,    epilogue, members,  samples, height, width,
+                                  channels, out_height, out_width, filters,  products, 0,       {},     to};
   const int parities = direction == kTransposed2 ? 2 : 1;
   for (int y = 0; y < parities; ++y) {
     for (int x_parity = 0; x_parity < parities; ++x_parity) {
-      const auto grid = pixel_grid(Direction(direction), point, flipped, {out_height, out_width}, {y, x_parity});
-      convolve({type, from, packed, epilogue, members, samples, height, width, channels, out_height, out_width, filters,
-                products, grid, to});
+      problem.grid[problem.grids++] =
+          pixel_grid(Direction(direction), point, flipped, {out_height, out_width}, {y, x_parity});
     }
   }
+  convolve(problem);
 }
 
 }  // namespace

@@ -190,7 +190,7 @@ inline void multiply(const E* in, const E* filters, int64_t channels, float* out
                filters + c * kChannelBlock + w * Sums<E>::kWeights);
     }
   }
-  unrolled<kRows * kVectors>([&](auto i) { store(out + i * kLanesF, sums.at[i]); });
+  sums.write(out);
 }
 
 // kLanes filters of the tile, from their products at all points: in[point * point_stride].
@@ -250,6 +250,7 @@ inline __attribute__((always_inline)) void prefetch(const ConvolutionProblem& p,
 
 template <class E>
 void convolve_tiles(const ConvolutionProblem& p, int64_t begin, int64_t end) {
+  if (begin == end) return;
   const int64_t in_stride = kTileBlock * p.channels, out_stride = kTileBlock * kChannelBlock;
   const auto bytes = [](int64_t count, size_t size) { return ceat_cpu::Scratch::round_up(count * size); };
   ceat_cpu::Scratch scratch(bytes(kTilePoints * in_stride, sizeof(E)) + bytes(kTilePoints * out_stride, sizeof(float)) +
