@@ -21,7 +21,7 @@ from ceat_fast.ensemble.fused import FusedMembers
 from ceat_fast.ensemble.member_layers import Convolution, MemberModule
 from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.models import digits_resnet, resnet20
-from ceat_fast.ops import native
+from ceat_fast.ops import native, winograd
 from ceat_fast.ops.convolution import MemberWeights
 
 on_native = pytest.mark.skipif(native.missing("cpu") is not None, reason="no native kernels")
@@ -308,6 +308,34 @@ def test_the_kernels_of_the_cpu(per_member, side):
     for found in results[1:]:
         for got, right in zip(found, results[0], strict=True):
             assert (got - right).norm() < 1e-5 * right.norm()
+
+
+@on_native
+@pytest.mark.parametrize("kind", ["ensemble", "module"])
+@pytest.mark.parametrize("build", [Smooth, resnet20])
+def test_bf16_on_the_cpu_is_as_exact_as_torch(kind, build):
+    models = [model.float() for model in lived_in(build, 3 if kind == "ensemble" else 1)]
+    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    results = {}
+    for way, backend, precision in (("right", "loop", "fp32"), ("torch", "loop", "bf16"), ("ours", "auto", "bf16")):
+        model = Ensemble(models, backend) if kind == "ensemble" else copy.deepcopy(models[0])  # a view of its own
+        plain = contextlib.nullcontext() if way == "ours" else without_kernels()
+        with plain, frozen(model, precision) as view:
+            point = x.clone().requires_grad_()
+            logits = view.member_logits(point).flatten(0, 1) if kind == "ensemble" else view(point)
+            assert logits.dtype == torch.float32
+            results[way] = logits.detach(), torch.autograd.grad(logits[:, 0].sum(), point)[0]
+            assert (view._fused is not None) == (way == "ours")
+    for ours, torchs, right in zip(results["ours"], results["torch"], results["right"], strict=True):
+        assert (ours - right).norm() < 1.5 * (torchs - right).norm() + 1e-3 * right.norm()
+
+
+@contextlib.contextmanager
+def without_kernels():
+    """As where the native kernels were not built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "missing", lambda: "switched off")
+        yield
 
 
 @on_native

@@ -130,7 +130,7 @@ class _View:
         for (_, part), folded in zip(_parts(model), self._copies, strict=True):
             if folded is not None:
                 folded.refresh(part)
-        if isinstance(self.module, Ensemble | _FullPrecision):
+        if isinstance(self.module, Ensemble | _Module):
             self.module.weights_changed()
 
     def release(self) -> None:
@@ -139,7 +139,7 @@ class _View:
             if folded is not None:
                 folded.release()
         on_cpu = all(parameter.device.type == "cpu" for parameter in self.module.parameters()) if self.module else False
-        if on_cpu and isinstance(self.module, Ensemble | _FullPrecision):
+        if on_cpu and isinstance(self.module, Ensemble | _Module):
             self.module.release()
 
 
@@ -192,7 +192,7 @@ def _memory_format(model: nn.Module, dtype: torch.dtype | None) -> torch.memory_
 
 def _assemble(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module:
     if type(model) is not Ensemble:
-        return _FullPrecision(modules[0]) if dtype is None else _LowPrecision(modules[0], dtype)
+        return _Module(modules[0], dtype)
     if dtype is None:
         view = Ensemble(modules, model.backend, model.average)
     else:
@@ -203,12 +203,17 @@ def _assemble(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype
     return view
 
 
-class _FullPrecision(nn.Module):
-    """A module that computes with our kernels on a CPU, where they were built and take it."""
+class _Module(nn.Module):
+    """A module that computes with our kernels on a CPU, where they were built and take it.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        dtype: a lower precision that it computes in, with fp32 inputs and outputs; None for its own type.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.module = module
+        self.dtype = dtype
         self.training = False
         self._fused: FusedMembers | None = None
         self._is_fusable = winograd.missing() is None
@@ -217,6 +222,9 @@ class _FullPrecision(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._is_released:
             refuse()
+        return self._run(x) if self.dtype is None else self._run(x.to(self.dtype)).float()
+
+    def _run(self, x: Tensor) -> Tensor:
         on_cpu = x.device.type == "cpu" and winograd.missing() is None
         if on_cpu and self._is_fusable and x.numel() and not is_transformed("cpu"):
             try:
@@ -237,20 +245,6 @@ class _FullPrecision(nn.Module):
         self._is_released = True
         if self._fused is not None:
             self._fused.release()
-
-
-class _LowPrecision(nn.Module):
-    """A module of lower precision with fp32 inputs and outputs."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-        self.training = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.module(x.to(self.dtype))
-        return logits.float()
 
 
 class _LowPrecisionEnsemble(Ensemble):
