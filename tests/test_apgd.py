@@ -119,12 +119,15 @@ def test_fooled_samples_leave_at_once():
 
 
 def test_a_later_run_is_not_started_once_a_sample_is_fooled():
+    """In a batch with rows enough; a small one has room for it, and the sample's verdict is that of the first run."""
     model = linear([[0.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]], [2.0, 0, -9, -9])
-    x = HALF - 1e-3
-    many = APGD(0.1, loss="dlr-targeted", steps=20, restarts=3).run(model, x, LABEL)
-    once = APGD(0.1, loss="dlr-targeted", steps=20).run(model, x, LABEL)
-    assert many.fooled.item()
-    assert many.forwards.item() == once.forwards.item()
+    for count in (40, 1):
+        x, label = (HALF - 1e-3).repeat(count, *[1] * (HALF.dim() - 1)), LABEL.repeat(count)
+        many = APGD(0.1, loss="dlr-targeted", steps=20, restarts=3).run(model, x, label)
+        once = APGD(0.1, loss="dlr-targeted", steps=20).run(model, x, label)
+        assert many.fooled.all()
+        assert torch.equal(many.forwards, once.forwards) == (count == 40)
+        assert torch.equal(many.fooled_by, once.fooled_by)
 
 
 def test_targets_are_the_likeliest_wrong_classes_in_order():

@@ -451,7 +451,7 @@ def test_memory_is_used_again_and_never_under_somebody():
 
 def memory(view):
     kept = view._fused[0][1]._buffers._kept
-    return {tensor.data_ptr() for tensors in kept.values() for tensor in tensors}
+    return {tensor.data_ptr() for tensors in kept.values() for tensor, _ in tensors}
 
 
 @on_native

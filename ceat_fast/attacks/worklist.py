@@ -23,6 +23,7 @@ from ceat_fast.attacks.ball import per_sample
 from ceat_fast.attacks.objective import margin
 
 _RUN_BITS = 16  # of the noise key of a row: that many for the run, and that many for what the search adds itself
+_CROWD = 32  # rows from which on a pass takes its time for each of them
 
 
 class Start(NamedTuple):
@@ -243,18 +244,19 @@ class WorkList(Generic[RowsT]):
         while self._queue and len(self._sample) + len(tasks) < self._batch_size:
             run, sample = self._queue[0]
             if run < int(self._found[sample]):
-                if (tasks and run != tasks[0][0]) or self._should_wait(run):
+                if (tasks and run != tasks[0][0]) or self._should_wait(run, len(tasks)):
                     break
                 tasks.append((run, sample))
             self._queue.popleft()
         return tasks
 
-    def _should_wait(self, run: int) -> bool:
+    def _should_wait(self, run: int, more: int) -> bool:
         """Whether that run should not start before the runs in the batch, which may make it needless, have ended.
 
-        A GPU has room to spare in a small batch; on a CPU every row costs its time.
+        A small batch has room to spare: on a GPU always, on a CPU up to a number of rows, which wait for the calls.
         """
-        return self._is_cpu and not self._search.minimal and bool((self._run < run).any())
+        crowded = self._is_cpu and len(self._sample) + more >= _CROWD
+        return crowded and not self._search.minimal and bool((self._run < run).any())
 
     def _begin(self, tasks: list[tuple[int, int]]) -> None:
         run, sample = torch.tensor(tasks).unbind(1)
@@ -288,6 +290,8 @@ class WorkList(Generic[RowsT]):
             raise ValueError(
                 f"model returned NaN or infinite logits on {int(broken.sum())} of {len(broken)} attacked rows"
             )
+        if not bool((claimed | finished).any()):
+            return
         at = (claimed & finished if self._search.minimal else claimed) | (finished & self._judges_failures)
         fooled, prediction, margins = torch.zeros_like(rows.claimed), rows.y.clone(), rows.score.clone()
         if bool(at.any()):

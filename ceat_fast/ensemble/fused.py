@@ -93,6 +93,8 @@ class FusedMembers:
         if not self._proved and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._prove(x.detach())
             self._proved = True
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self.program.run(x)
         logits: Tensor = _Fused.apply(x, self)
         return logits
 
@@ -327,8 +329,6 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, members: FusedMembers) -> Tensor:
         program = members.program
-        if not ctx.needs_input_grad[0]:
-            return program.run(x)
         ctx.members, ctx.record = members, program.new_record()
         ctx.save_for_backward(x)
         logits = program.run(x, ctx.record)

@@ -27,6 +27,7 @@ from ceat_fast.ensemble.traced import (
     by_member,
     function_of,
     images,
+    rows_of,
     suits,
     trace,
     with_epilogue,
@@ -260,7 +261,7 @@ class TrainedConvolution:
         return storage
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows: Tensor = _rows(x.to(self.weights.bias.dtype), self.members)
+        rows: Tensor = rows_of(x.to(self.weights.bias.dtype), self.members)
         rows = _Convolve.apply(rows, self, *(layer.weight for layer in self.layers))
         return images(rows)
 
@@ -281,9 +282,9 @@ class TrainedNorm:
         self.norm = Norm(weight, bias, mean, var, first.momentum, first.eps)
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        skip = None if residual is None else _rows(residual.to(x.dtype), self.members)
+        skip = None if residual is None else rows_of(residual.to(x.dtype), self.members)
         parameters = *(norm.weight for norm in self.norms), *(norm.bias for norm in self.norms)
-        rows: Tensor = _Normalise.apply(_rows(x, self.members), skip, self.norm, relu, *parameters)
+        rows: Tensor = _Normalise.apply(rows_of(x, self.members), skip, self.norm, relu, *parameters)
         return images(rows)
 
 
@@ -379,11 +380,6 @@ def _tied(tensors: Sequence[Tensor]) -> Tensor:
     for tensor, row in zip(tensors, stack, strict=True):
         tensor.data = row
     return stack
-
-
-def _rows(x: Tensor, members: int) -> Tensor:
-    """(M * B, C, H, W) -> (M, B, H, W, C)"""
-    return by_member(x.permute(0, 2, 3, 1), members).contiguous()
 
 
 def _module_calls(graph: fx.Graph) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
-from ceat_fast.ensemble.traced import by_member, images
+from ceat_fast.ensemble.traced import by_member, images, rows_of
 from ceat_fast.ops import convolution
 from ceat_fast.ops.convolution import MemberWeights
 
@@ -68,7 +68,7 @@ class MemberConvolution:
         """
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise RuntimeError(f"a convolution expected {self.channels} channels, got an input {tuple(x.shape)}")
-        skip = None if residual is None else self._rows(residual)
+        skip = None if residual is None else rows_of(residual, self.members)
         return images(self.weights.convolve(self._filled(x, self.weights.channels_in), skip, relu=relu))
 
     def filled_rows(self, x: Tensor) -> Tensor:
@@ -78,15 +78,12 @@ class MemberConvolution:
     def input_gradient(self, grad: Tensor, like: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         """See `MemberWeights.input_gradient`; `like` is the input."""
         others = [None if t is None else self._filled(t, self.weights.channels) for t in (residual, gate)]
-        rows = self.weights.input_gradient(self._rows(grad), *like.shape[2:], *others)
-        return images(rows)[:, : self.channels]
+        rows = self.weights.input_gradient(rows_of(grad, self.members), *like.shape[2:], *others)
+        return images(rows) if rows.shape[-1] == self.channels else images(rows)[:, : self.channels]
 
     def _filled(self, x: Tensor, width: int) -> Tensor:
         missing = width - x.shape[1]
-        return self._rows(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return by_member(x.permute(0, 2, 3, 1), self.members).contiguous()
+        return rows_of(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x, self.members)
 
 
 class MemberModule:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 # How many tensors use a storage; torch's own graphs of memory rely on it as well.
 _uses = getattr(torch._C, "_storage_Use_Count", None)
+_USES_OF_A_FREE_ONE = 2  # by the tensor that is kept, and by the object beside it
 
 
 class Buffers:
     """Tensors (M, B, ...) of shapes that come again, each lent until nobody else refers to its memory."""
 
     def __init__(self) -> None:
-        self._kept: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        # With each tensor its storage as an object, which would be made anew to ask for its uses.
+        self._kept: defaultdict[tuple[int, ...], list[tuple[Tensor, torch.UntypedStorage]]] = defaultdict(list)
         self._samples = 0
         self._lock = Lock()
         self._is_open = True
@@ -34,11 +36,12 @@ class Buffers:
                 self._kept.clear()
                 self._samples = shape[1]
             kept = self._kept[shape]
-            free = next((tensor for tensor in kept if _is_free(tensor)), None)
-            if free is None:
-                free = like.new_empty(shape)
-                kept.append(free)
-            return free.view(shape)
+            for tensor, storage in kept:
+                if _uses(storage._cdata) == _USES_OF_A_FREE_ONE:
+                    return tensor.view(shape)
+            tensor = like.new_empty(shape)
+            kept.append((tensor, tensor.untyped_storage()))
+            return tensor.view(shape)
 
     def close(self) -> None:
         """Let go of everything, and keep nothing until `open`."""
@@ -48,8 +51,3 @@ class Buffers:
     def open(self) -> None:
         """Keep what is lent from now on."""
         self._is_open = True
-
-
-def _is_free(tensor: Tensor) -> bool:
-    # One use is the tensor's own, one the storage object's that is asked here.
-    return bool(_uses(tensor.untyped_storage()._cdata) == 2)  # type: ignore[misc]

@@ -274,7 +274,7 @@ void convolve_tiles(const ConvolutionProblem& p, int64_t begin, int64_t end) {
     }
     for (int64_t filter = 0; filter < p.filters; filter += kChannelBlock) {
       for (int64_t point = 0; point < kTilePoints; ++point) {
-        if (filter == 0) prefetch<E>(p, block, next, point);
+        for (int64_t t = point; filter == 0 && t < kTileBlock; t += kTilePoints) prefetch<E>(p, block, next, t);
         const E* filters = all_filters + (filter * kTilePoints + point * kChannelBlock) * p.channels;
         for (int64_t t = 0; t < block.count; t += kRows) {
           multiply(inputs + point * in_stride + t * kChannelBlock, filters, p.channels,
