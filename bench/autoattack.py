@@ -153,13 +153,12 @@ class Contender:
         }
 
 
-def contenders(model: nn.Module, eps: float, settings: dict[str, Any], other_seed: bool) -> dict[str, Contender]:
-    attacks = {
-        "pyautoattack": AutoAttack(eps, backend="reference", **settings),
-        "ceat_fast": AutoAttack(eps, **settings),
-    }
-    if other_seed:
-        attacks["pyautoattack, other seed"] = AutoAttack(eps, backend="reference", seed=1, **settings)
+def contenders(model: nn.Module, eps: float, settings: dict[str, Any], seeds: int) -> dict[str, Contender]:
+    attacks = {}
+    for seed in range(seeds):
+        suffix = f", seed {seed}" if seed else ""
+        attacks[f"pyautoattack{suffix}"] = AutoAttack(eps, backend="reference", seed=seed, **settings)
+        attacks[f"ceat_fast{suffix}"] = AutoAttack(eps, seed=seed, **settings)
     if resolve_precision("auto", model) != "fp32":
         attacks["ceat_fast, mixed"] = AutoAttack(eps, precision="mixed", **settings)
     return {name: Contender(attack, model) for name, attack in attacks.items()}
@@ -219,7 +218,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="test images to judge")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--chunk", type=int, help="images that a contender judges before the next one: 50, all on CUDA")
-    parser.add_argument("--other_seed", action="store_true", help="also pyautoattack with another seed: chance alone")
+    parser.add_argument("--seeds", type=int, default=1, help="both with so many seeds: what chance alone changes")
     parser.add_argument("--root", help="folder of CIFAR-10")
     parser.add_argument("--runs", help="folder that keeps the trained ensembles; default: a temporary one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -231,7 +230,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name, model, data, eps in ensembles(arguments, Path(arguments.runs or temporary)):
             numbers = torch.arange(arguments.first, min(arguments.first + images, len(data.test_labels)))
-            found = contenders(model, eps, settings, arguments.other_seed)
+            found = contenders(model, eps, settings, arguments.seeds)
             chunk = arguments.chunk or (len(numbers) if arguments.device.startswith("cuda") else 50)
             results[name] = compare(found, model, data, torch.split(numbers, chunk))
             console.print(table(f"{name}, eps {eps:.4f}, {len(numbers)} images", results[name]))

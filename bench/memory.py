@@ -72,8 +72,9 @@ def resident() -> int:
 
 
 def highest() -> int:
-    """Bytes of this process at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of this process at most so far; getrusage would count what its parent had when it began."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -70,6 +70,14 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor's name and its instructions, such as "AMD EPYC (AVX512, bf16)": virtual ones share a name."""
+    instructions = [torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_avx512_bf16_supported():
+        instructions.append("bf16")
+    return f"{_cpu_model()} ({', '.join(instructions)})"
+
+
+def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
