@@ -29,7 +29,7 @@ HOST_CALL_IS_AN_ERROR = "-diag-error=20011"
 # gradient types; scaling: four types times three pack widths; one adding kernel per loss file and compute type;
 # convolutions: three numbers of channels times three of filters times three directions.
 KERNELS = {
-    "ceat_loss_kernel": 16,
+    "ceat_loss_kernel": 19,
     "ensemble_kernel": 16,
     "pgd_step_kernel": 8,
     "scale_gradients_kernel": 12,

@@ -65,8 +65,8 @@ __device__ void store_gradients(const Row& adv, const Row& nat, const SoftmaxRow
 }
 
 // Shared memory: the true-class residuals of both rows, (samples, M) each, then the losses, (M, samples).
-template <class Row>
-__global__ void __launch_bounds__(Row::kMaxThreads, 1)
+template <class Row, int kMaxThreads, int kMinBlocks>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     ceat_loss_kernel(const CeatLossArgs args, const bool vectorised) {
   using T = typename Row::Element;
   using V = typename Row::V;
@@ -130,7 +130,11 @@ const char* launch_typed(const CeatLossArgs& args, void* stream) {
     const bool vectorised = args.shape.classes % Row::kVector == 0 && rows_aligned<T, Row::kVector>(args.adv) &&
                             rows_aligned<T, Row::kVector>(args.nat);
     const size_t shared_bytes = 3 * sizeof(V) * args.plan.samples * args.shape.members;
-    return launch(ceat_loss_kernel<Row>, args.plan.blocks, args.plan.threads, shared_bytes, stream, args, vectorised);
+    auto kernel = ceat_loss_kernel<Row, Row::kMaxThreads, 1>;
+    if constexpr (Row::kPairs) {
+      if (args.plan.threads <= kPairedThreads) kernel = ceat_loss_kernel<Row, kPairedThreads, 2>;
+    }
+    return launch(kernel, args.plan.blocks, args.plan.threads, shared_bytes, stream, args, vectorised);
   });
   return error != nullptr ? error : add_up_sums<V>(args.plan, args.shape.members, args.sums, args.loss, stream);
 }

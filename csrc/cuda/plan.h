@@ -28,6 +28,9 @@ constexpr int kThreadClasses = 10, kSubWarpClasses = 128, kWarpClasses = 1024;
 constexpr int max_threads(RowKind kind, bool is_double) {
   return kind == RowKind::kThread ? (is_double ? 512 : 768) : kind == RowKind::kStreamed ? 512 : 256;
 }
+// Blocks of this size leave 168 registers for a thread where two of them share a multiprocessor, so that one loads
+// while the other computes: what a warp's rows need at least.
+constexpr int kPairedThreads = 192;
 constexpr int kMaxMembers = max_threads(RowKind::kStreamed, true);
 // Class numbers are 32 bits wide, with room for the padding of a row.
 constexpr int kMaxClasses = 1 << 30;

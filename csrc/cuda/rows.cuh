@@ -79,6 +79,7 @@ struct ResidentRow {
   using V = Compute<T>;
   static constexpr int kVector = kPack;
   static constexpr int kMaxThreads = max_threads(kKind, std::is_same_v<V, double>);
+  static constexpr bool kPairs = kKind == RowKind::kWarp && !std::is_same_v<V, double>;  // see kPairedThreads
   static_assert(kPerLane % kPack == 0);
 
   V values[kPerLane];
@@ -117,6 +118,7 @@ struct StreamedRow {
   using V = Compute<T>;
   static constexpr int kVector = 1;
   static constexpr int kMaxThreads = max_threads(RowKind::kStreamed, std::is_same_v<V, double>);
+  static constexpr bool kPairs = false;
 
   const T* row;
   int lane, lane_count, classes;
