@@ -39,7 +39,7 @@ def test_another_batch_size_and_closing_let_go() -> None:
     buffers = Buffers()
     kept = buffers.take(LIKE, (2, 3, 4))
     buffers.take(LIKE, (2, 5, 4))
-    assert list(buffers._kept) == [(2, 5, 4)]
+    assert list(buffers._kept) == [(torch.float32, (2, 5, 4))]
     kept.fill_(1.0)  # it is the borrower's now
     buffers.close()
     buffers.take(LIKE, (2, 5, 4))
@@ -54,3 +54,11 @@ def test_without_a_count_of_uses_nothing_is_kept(monkeypatch) -> None:
     buffers = Buffers()
     assert buffers.take(LIKE, (2, 3, 4)).shape == (2, 3, 4)
     assert not buffers._kept
+
+
+def test_types_do_not_share_memory() -> None:
+    buffers = Buffers()
+    place = buffers.take(LIKE, (2, 3, 4)).data_ptr()
+    other = buffers.take(LIKE.bfloat16(), (2, 3, 4))
+    assert other.dtype == torch.bfloat16
+    assert other.data_ptr() != place

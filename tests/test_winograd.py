@@ -20,7 +20,7 @@ from ceat_fast.ensemble import convolutions, frozen
 from ceat_fast.ensemble.convolutions import WinogradConvolutions
 from ceat_fast.models import resnet20
 from ceat_fast.ops import winograd
-from ceat_fast.ops.winograd import suits, winograd_convolution
+from ceat_fast.ops.winograd import filters_at_points, suits, winograd_convolution
 
 pytestmark = pytest.mark.skipif(winograd.missing() is not None, reason=f"no native kernels: {winograd.missing()}")
 
@@ -114,6 +114,19 @@ def test_gradients_of_gradients():
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
     for ours, expected in zip(*seconds, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_filters_do_not_depend_on_what_is_set_around(dtype):
+    taps = problem(1, 16, 16, 1, 1)[1].flatten(2).permute(2, 1, 0)[None].to(dtype)
+    right = filters_at_points(taps)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(filters_at_points(taps), right)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(filters_at_points(taps), right)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_opcheck_and_refusals():

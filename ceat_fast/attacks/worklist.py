@@ -4,7 +4,7 @@ A run is one search for one sample: from one random start, towards one class. Al
 first run of every sample before the second of any. The batch holds as many as fit; a row leaves it the moment that its
 sample is fooled or its budget is spent, and the next run takes its place. What a run does depends on its sample and its
 number alone, and of several successful runs of a sample the one with the lowest number counts, so the outcome depends
-neither on the batch size nor on which runs happened to share a batch.
+neither on the batch size nor on which runs happened to share a batch. Passes spent on runs that turn out needless do.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class FusedMembers:
         if not self._proved and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._prove(x.detach())
             self._proved = True
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        plain = torch.autograd.forward_ad._current_level < 0  # no derivative in forward mode
+        if plain and not (x.requires_grad and torch.is_grad_enabled()):
             return self.program.run(x)
         logits: Tensor = _Fused.apply(x, self)
         return logits
@@ -110,13 +111,20 @@ class FusedMembers:
         ours, plain = _with_gradient(lambda x: _Fused.apply(x, self), rows), _with_gradient(self.plainly, rows)
         exact, slack = plain, _OUTPUT_SLACK[x.device.type]
         if x.dtype in (torch.bfloat16, torch.float16):
-            members = [copy.deepcopy(member).float() for member in self.members]
-            exact, slack = _with_gradient(lambda x: _run_each(members, x), rows.float()), _LOW_PRECISION_SLACK
+            exact, slack = self._exactly(rows), _LOW_PRECISION_SLACK
         if ours[0].shape != exact[0].shape or not is_as_close(ours[:1], plain[:1], exact[:1], slack):
             raise NotFusableError("the forward does not treat every sample by itself")
         same_kind = len(ours) == len(plain) == len(exact)
         if not same_kind or not is_as_close(ours[1:], plain[1:], exact[1:], _GRADIENT_SLACK):
             raise NotFusableError("the forward has a gradient of its own making")
+
+    def _exactly(self, x: Tensor) -> list[Tensor]:
+        """Outputs and gradient of the members in fp32."""
+        members = [copy.deepcopy(member).float() for member in self.members]
+        try:
+            return _with_gradient(lambda x: _run_each(members, x), x.float())
+        except RuntimeError as error:
+            raise NotFusableError(f"the members do not run in fp32, to compare with: {error}") from error
 
 
 def _run_each(members: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         and (layer.kernel_size, layer.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
         and layer.stride in ((1, 1), (2, 2))
         and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+        and convolution.missing(layer.weight.device.type, layer.weight.dtype) is None
         and convolution.width(layer.in_channels, layer.weight.device.type) is not None
         and convolution.width(layer.out_channels, layer.weight.device.type) == layer.out_channels
     )

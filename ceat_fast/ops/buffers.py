@@ -16,13 +16,15 @@ from torch import Tensor
 _uses = getattr(torch._C, "_storage_Use_Count", None)
 _USES_OF_A_FREE_ONE = 2  # by the tensor that is kept, and by the object beside it
 
+_Kind = tuple[torch.dtype, tuple[int, ...]]
+
 
 class Buffers:
     """Tensors (M, B, ...) of shapes that come again, each lent until nobody else refers to its memory."""
 
     def __init__(self) -> None:
         # With each tensor its storage as an object, which would be made anew to ask for its uses.
-        self._kept: defaultdict[tuple[int, ...], list[tuple[Tensor, torch.UntypedStorage]]] = defaultdict(list)
+        self._kept: defaultdict[_Kind, list[tuple[Tensor, torch.UntypedStorage]]] = defaultdict(list)
         self._samples = 0
         self._lock = Lock()
         self._is_open = True
@@ -35,7 +37,7 @@ class Buffers:
             if shape[1] != self._samples:  # another batch size: nothing fits any more
                 self._kept.clear()
                 self._samples = shape[1]
-            kept = self._kept[shape]
+            kept = self._kept[like.dtype, shape]
             for tensor, storage in kept:
                 if _uses(storage._cdata) == _USES_OF_A_FREE_ONE:
                     return tensor.view(shape)

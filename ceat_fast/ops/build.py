@@ -15,8 +15,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         "backends": for each device type and backend "available" or the reason why not, and under "auto" the backend
         that `impl="auto"` takes; "cpu_isa": the instruction set of the native CPU kernels ("portable", "avx2",
-        "avx512") or None; "build": compiler, CUDA compiler and architectures, and the torch versions of the native
-        parts, or the reason why there are none.
+        "avx512", "avx512_bf16") or None; "build": compiler, CUDA compiler and architectures, and the torch versions of
+        the native parts, or the reason why there are none.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     backends = {

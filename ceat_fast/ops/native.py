@@ -50,7 +50,7 @@ def build_record() -> dict[str, str]:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set whose kernels this CPU uses: "portable", "avx2" or "avx512"."""
+    """The instruction set whose kernels this CPU uses: "portable", "avx2", "avx512" or "avx512_bf16"."""
     if _MISSING["cpu"] is not None:
         return None
     name = ctypes.CDLL(str(_CPU_LIBRARY)).ceat_fast_cpu_isa

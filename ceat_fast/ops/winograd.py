@@ -75,8 +75,9 @@ _G = (
 
 def filters_at_points(taps: Tensor) -> Tensor:
     """3x3 filters (M, 9, C, F) at the points of the transform: (M, 36, C, F)."""
-    g = torch.tensor(_G, device=taps.device)
-    points = (torch.kron(g, g) @ taps.flatten(2).float()).to(taps.dtype)
+    g = torch.tensor(_G, dtype=torch.float32, device=taps.device)
+    with torch.autocast(taps.device.type, enabled=False):
+        points = (torch.kron(g, g) @ taps.flatten(2).float()).to(taps.dtype)
     return points.view(*points.shape[:2], *taps.shape[2:])
 
 
