@@ -313,9 +313,13 @@ def test_the_kernels_of_the_cpu(per_member, side):
 @on_native
 @pytest.mark.parametrize("kind", ["ensemble", "module"])
 @pytest.mark.parametrize("build", [Smooth, resnet20])
-def test_bf16_on_the_cpu_is_as_exact_as_torch(kind, build):
-    models = [model.float() for model in lived_in(build, 3 if kind == "ensemble" else 1)]
-    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+def test_bf16_on_the_cpu_is_no_further_from_fp32_than_its_proof_allows(kind, build):
+    torch.manual_seed(0)
+    models = [build() for _ in range(3 if kind == "ensemble" else 1)]
+    for model in models:
+        for _ in range(5):  # of its BatchNorm's statistics
+            model.train()(torch.rand(32, 3, 32, 32))
+    x = torch.rand(16, 3, 32, 32)
     results = {}
     for way, backend, precision in (("right", "loop", "fp32"), ("torch", "loop", "bf16"), ("ours", "auto", "bf16")):
         model = Ensemble(models, backend) if kind == "ensemble" else copy.deepcopy(models[0])  # a view of its own
@@ -327,7 +331,8 @@ def test_bf16_on_the_cpu_is_as_exact_as_torch(kind, build):
             results[way] = logits.detach(), torch.autograd.grad(logits[:, 0].sum(), point)[0]
             assert (view._fused is not None) == (way == "ours")
     for ours, torchs, right in zip(results["ours"], results["torch"], results["right"], strict=True):
-        assert (ours - right).norm() < 1.5 * (torchs - right).norm() + 1e-3 * right.norm()
+        assert right.norm().isfinite()
+        assert (ours - right).norm() < 2.5 * (torchs - right).norm() + 1e-3 * right.norm()
 
 
 @contextlib.contextmanager
