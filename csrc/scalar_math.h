@@ -11,7 +11,7 @@
 
 // The CPU kernels are compiled once per instruction set. Names that the linker could merge across those objects must
 // differ, or an old CPU would run the code of a new one: they live in a namespace named after the instruction set, and
-// the kernels use no templates of the standard library.
+// what the kernels use of the standard library has to be inlined (tests/test_build.py looks at the symbols).
 #ifndef CEAT_ISA
 #define CEAT_ISA portable
 #endif
