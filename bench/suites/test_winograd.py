@@ -13,6 +13,7 @@ from ceat_fast.ops import winograd
 from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.winograd import winograd_convolution
 
+pytestmark = pytest.mark.skipif(winograd.missing() is not None, reason=str(winograd.missing()))
 SAMPLES = 128
 
 
@@ -23,8 +24,6 @@ def direct(x, weight, bias):
 @pytest.mark.parametrize("way", [direct, winograd_convolution])
 @pytest.mark.parametrize(("width", "side"), [(16, 32), (32, 16), (64, 8)])
 def test_winograd(benchmark, way, width, side):
-    if winograd.missing() is not None:
-        pytest.skip(str(winograd.missing()))
     torch.manual_seed(0)
     x, outer = (torch.randn(SAMPLES, width, side, side).to(memory_format=torch.channels_last) for _ in range(2))
     weight = torch.randn(width, width, 3, 3) / (3 * width**0.5)
@@ -39,8 +38,6 @@ def test_winograd(benchmark, way, width, side):
 @pytest.mark.parametrize("way", ["direct", "winograd"])
 @pytest.mark.parametrize(("width", "side"), [(16, 32), (32, 16), (64, 8)])
 def test_members_in_bf16(benchmark, way, width, side):
-    if winograd.missing() is not None:
-        pytest.skip(str(winograd.missing()))
     torch.manual_seed(0)
     members = 3
     x = torch.randn(members, SAMPLES, side, side, width).bfloat16()
