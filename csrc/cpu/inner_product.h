@@ -96,16 +96,5 @@ class Sums {
   VecF at_[kRows * kVectors];  // row by row
 };
 
-// A vector of fp32 to memory, rounded to nearest even.
-CEAT_HD void store_rounded(float* to, VecF v) { store(to, v); }
-CEAT_HD void store_rounded(BFloat16* to, VecF v) {
-#ifdef __AVX512BF16__
-  // The instruction takes denormals for zeros.
-  store(to, _mm512_cvtneps_pbh(__m512(v)));
-#else
-  store_narrow(to, v);
-#endif
-}
-
 }  // namespace CEAT_ISA
 }  // namespace ceat

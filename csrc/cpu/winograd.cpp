@@ -248,6 +248,8 @@ inline __attribute__((always_inline)) void prefetch(const ConvolutionProblem& p,
   if (tile < next.count) prefetch<0>(p.x, next.tiles[tile], p, p.channels * sizeof(E));
 }
 
+static_assert(kTileBlock <= kTilePoints, "one tile is asked for beside the products of each point");
+
 template <class E>
 void convolve_tiles(const ConvolutionProblem& p, int64_t begin, int64_t end) {
   if (begin == end) return;
@@ -274,7 +276,7 @@ void convolve_tiles(const ConvolutionProblem& p, int64_t begin, int64_t end) {
     }
     for (int64_t filter = 0; filter < p.filters; filter += kChannelBlock) {
       for (int64_t point = 0; point < kTilePoints; ++point) {
-        for (int64_t t = point; filter == 0 && t < kTileBlock; t += kTilePoints) prefetch<E>(p, block, next, t);
+        if (filter == 0) prefetch<E>(p, block, next, point);
         const E* filters = all_filters + (filter * kTilePoints + point * kChannelBlock) * p.channels;
         for (int64_t t = 0; t < block.count; t += kRows) {
           multiply(inputs + point * in_stride + t * kChannelBlock, filters, p.channels,
