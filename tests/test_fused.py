@@ -11,6 +11,7 @@ import unittest.mock
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ceat_fast import Ensemble
@@ -394,6 +395,46 @@ def test_gradients_again_and_gradients_of_gradients():
             (inner,) = torch.autograd.grad(logits.square().sum(), point, create_graph=True)
             seconds.append(torch.autograd.grad(inner.square().sum(), point)[0])
     assert (seconds[1] - seconds[0]).norm() < 1e-4 * seconds[0].norm()
+
+
+class InBf16(nn.Module):
+    """A forward with a type of its own, so that there is nothing in fp32 to compare with."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x.to(torch.bfloat16)).relu().mean((2, 3)))
+
+
+@on_native
+def test_what_cannot_be_compared_in_fp32_loops():
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
+    models = [InBf16() for _ in range(2)]
+    with frozen(Ensemble(models), "bf16") as view, frozen(Ensemble(models, "loop"), "bf16") as right:
+        assert torch.equal(view.member_logits(x), right.member_logits(x))
+    with frozen(Ensemble(models, "fused"), "bf16") as view, pytest.raises(RuntimeError, match="do not run in fp32"):
+        view.member_logits(x)
+
+
+@on_native
+def test_kernels_are_for_the_types_that_they_have():
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    assert traced.suits(layer)
+    assert traced.suits(copy.deepcopy(layer).bfloat16())
+    assert not traced.suits(copy.deepcopy(layer).half())
+    assert not traced.suits(copy.deepcopy(layer).double())
+
+
+@on_native
+def test_a_derivative_in_forward_mode_is_not_dropped():
+    x = torch.rand(2, 3, 8, 8)
+    with frozen(Ensemble([model.float() for model in lived_in(Smooth)], "fused")) as view, torch.no_grad():
+        view.member_logits(x)
+        with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+            view.member_logits(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 class Detached(Smooth):

@@ -19,7 +19,7 @@ from ceat_fast.ops.convolution import MemberWeights, pack
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = not INTERPRETED and triton_backend.missing("cuda") is None
 DEVICE = "cuda" if COMPILED else "cpu"
-BF16_BOUND = 0.2  # of single elements by the CPU's kernels; 0.13 was the worst of 90,000 tensors
+BF16_BOUND = 0.2  # of single elements by the CPU's kernels: ten times the usual error by Winograd's transforms
 on_native = pytest.mark.skipif(
     INTERPRETED or native.missing("cpu") is not None, reason=f"no native kernels: {native.missing('cpu')}"
 )
@@ -117,16 +117,17 @@ def test_emulated_cuda_kernel(emulator, monkeypatch, shape, point):
     check(problem, 0.04, "cuda")
 
 
-def check(problem, bound, kernel=None):
+def check(problem, bound, kernel=None, scaled=False):
+    """With `scaled`, the bound of single elements grows with the results."""
     weights = problem.weights(kernel)
     for residual, flag in ((True, True), (False, False), (True, False)):
         out = weights.convolve(problem.x, problem.residual if residual else None, relu=flag)
         right = problem.right_output(residual, flag)
-        torch.testing.assert_close(out.double(), right, rtol=bound, atol=bound * scale_of(right))
+        torch.testing.assert_close(out.double(), right, rtol=bound, atol=bound * (scale_of(right) if scaled else 1))
         others = problem.other if residual else None, problem.gate if flag else None
         grad = weights.input_gradient(problem.grad, problem.height, problem.width, *others)
         right = problem.right_gradient(residual, flag)
-        torch.testing.assert_close(grad.double(), right, rtol=bound, atol=bound * scale_of(right))
+        torch.testing.assert_close(grad.double(), right, rtol=bound, atol=bound * (scale_of(right) if scaled else 1))
 
 
 def scale_of(tensor):
@@ -164,17 +165,17 @@ def test_bf16_on_the_cpu(shape, point):
     check_bf16(Problem(*shape, torch.bfloat16, point, "cpu"))
 
 
-def check_bf16(problem):
+def check_bf16(problem, share=0.02):
     """What Winograd's transforms multiply is rounded: an error of a hundredth, at single elements more."""
-    check(problem, BF16_BOUND, "cpu")
+    check(problem, BF16_BOUND, "cpu", scaled=True)
     weights = problem.weights("cpu")
     out, right = weights.convolve(problem.x, relu=False), problem.right_output(False, False)
-    assert (out - right).norm() < 0.02 * right.norm()
+    assert (out - right).norm() <= share * right.norm()
     grad, right = (
         weights.input_gradient(problem.grad, problem.height, problem.width),
         problem.right_gradient(False, False),
     )
-    assert (grad - right).norm() < 0.02 * right.norm()
+    assert (grad - right).norm() <= share * right.norm()
 
 
 @on_native
@@ -192,7 +193,11 @@ def check_bf16(problem):
 )
 def test_any_size_on_the_cpu(members, samples, height, width, channels, filters, stride, point, dtype):
     shape = members, samples, (height, width), 16 * channels, 16 * filters, stride
-    check(Problem(*shape, dtype, point, "cpu"), 1e-4 if dtype == torch.float32 else BF16_BOUND, "cpu")
+    problem = Problem(*shape, dtype, point, "cpu")
+    if dtype == torch.float32:
+        check(problem, 1e-4, "cpu")
+    else:
+        check_bf16(problem, 0.05)  # of a few numbers the norm varies
 
 
 @on_native
