@@ -16,7 +16,8 @@ from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.member_training import Norm
 from ceat_fast.ops.reference import CeatSettings
 
-LOSS_SIZES = ((3, 33, 10), (2, 5, 7), (3, 9, 100), (2, 3, 1000), (2, 2, 3000), (40, 3, 5))  # every way to hold a row
+# Every way to hold a row, with packs and with single classes; the first two for Triton.
+LOSS_SIZES = ((3, 33, 10), (3, 9, 100), (2, 5, 7), (3, 9, 77), (2, 3, 1000), (2, 3, 333), (2, 2, 3000), (40, 3, 5))
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 IMAGES = ((8, 8), (16, 16), (8, 32))
 

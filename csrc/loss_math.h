@@ -49,10 +49,10 @@ template <class V>
 CEAT_HD SoftmaxRow<V> softmax_row(V max, V true_logit, V true_exp, V other) {
   const V sum = other + true_exp;
   SoftmaxRow<V> row;
-  row.inv_sum = V(Scalar<V>(1) / sum);
-  // Divisions, not products with the rounded inverse: these two enter the exponents of the weights.
-  row.true_prob = true_exp / sum;
-  row.true_residual = -other / sum;
+  row.inv_sum = reciprocal(sum);
+  // Not products with the rounded inverse: these two enter the exponents of the weights.
+  row.true_prob = quotient(true_exp, sum, row.inv_sum);
+  row.true_residual = -quotient(other, sum, row.inv_sum);
   // log s = log1p(s - 1); where y is the largest logit, s - 1 is `other`, exactly.
   const V excess = select(true_logit == max, other, sum - Scalar<V>(1));
   row.ce = (max - true_logit) + log1p_nonnegative(excess);
@@ -117,39 +117,40 @@ CEAT_HD V exponential_weight(V disparity, double exponent, double max_weight) {
   return select(weight > cap, cap, weight);
 }
 
-// What the gradient of one member's pair of rows needs besides the residuals; the batch average is folded in.
+// The gradients of one member's pair of rows for k != y, where probabilities are residuals, as polynomials:
+//
+//     adv_k = b_k (adv_base + adv d_k),   nat_k = a_k (nat_base + nat a_k - adv_to_nat d_k)
+//
+// with what is the same for all classes in the bases; the batch average is folded in.
 template <class V>
 struct GradientRow {
-  V ce;           // coefficient of b_k
-  V nat, adv;     // 2 * coefficient * weight of the two distances
-  V adv_to_nat;   // adv, or 0 where the clean probabilities are detached
-  V nat_shift;    // a_y + sum a^2
-  V adv_shift;    // d_y + sum d b
-  V cross_shift;  // d_y + sum d a
+  V ce;          // coefficient of b_k
+  V nat, adv;    // 2 * coefficient * weight of the two distances
+  V adv_to_nat;  // adv, or 0 where the clean probabilities are detached
+  V adv_base, nat_base;
 };
 
 template <class V>
 CEAT_HD GradientRow<V> gradient_row(const CeatSettings& s, double scale, V nat_weight, V adv_weight,
                                     const DistanceSums<V>& sums, V a_true, V b_true) {
+  const V d_true = b_true - a_true;
   GradientRow<V> g;
   g.ce = V{} + Scalar<V>(s.ce_coefficient * scale);
   g.nat = nat_weight * Scalar<V>(2 * s.nat_coefficient * scale);
   g.adv = adv_weight * Scalar<V>(2 * s.adv_coefficient * scale);
   g.adv_to_nat = s.detach_nat ? V{} : g.adv;
-  g.nat_shift = a_true + sums.nat;
-  g.adv_shift = (b_true - a_true) + sums.db;
-  g.cross_shift = (b_true - a_true) + sums.da;
+  g.adv_base = g.ce - g.adv * (d_true + sums.db);
+  g.nat_base = g.adv_to_nat * (d_true + sums.da) - g.nat * (a_true + sums.nat);
   return g;
 }
 
-// Classes other than y, where the probability is the residual.
 template <class V>
 CEAT_HD V adv_gradient(const GradientRow<V>& g, V a, V b) {
-  return b * (g.ce + g.adv * ((b - a) - g.adv_shift));
+  return b * (g.adv_base + g.adv * (b - a));
 }
 template <class V>
 CEAT_HD V nat_gradient(const GradientRow<V>& g, V a, V b) {
-  return a * (g.nat * (a - g.nat_shift) - g.adv_to_nat * ((b - a) - g.cross_shift));
+  return a * (g.nat_base + g.nat * a - g.adv_to_nat * (b - a));
 }
 
 // The true class.

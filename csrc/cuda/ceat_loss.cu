@@ -27,12 +27,15 @@ __device__ void store_parts(V* parts, int64_t row, int64_t rows, const RowParts<
 // sum a^2, sum d^2, ... over the classes of both rows.
 template <class Row, class V>
 __device__ DistanceSums<V> distance_sums(const Row& adv, const Row& nat, const SoftmaxRow<V>& adv_softmax,
-                                         const SoftmaxRow<V>& nat_softmax, int label, int lanes) {
+                                         const SoftmaxRow<V>& nat_softmax, int lanes) {
   DistanceSums<V> sums = DistanceSums<V>::zero();
 #pragma unroll
   for (int i = 0; i < adv.count(); ++i) {
-    const V a = nat.exp(i) * nat_softmax.inv_sum, b = adv.exp(i) * adv_softmax.inv_sum;
-    if (adv.class_of(i) != label) add_class(sums, a, b);
+    const auto a = nat.exps(i), b = adv.exps(i);
+#pragma unroll
+    for (int j = 0; j < Row::kPack; ++j) {
+      add_class(sums, a.values[j] * nat_softmax.inv_sum, b.values[j] * adv_softmax.inv_sum);
+    }
   }
   sums.nat = group_sum(sums.nat, lanes);
   sums.adv = group_sum(sums.adv, lanes);
@@ -45,45 +48,44 @@ __device__ DistanceSums<V> distance_sums(const Row& adv, const Row& nat, const S
 template <class Row, class V, class G>
 __device__ void store_gradients(const Row& adv, const Row& nat, const SoftmaxRow<V>& adv_softmax,
                                 const SoftmaxRow<V>& nat_softmax, const DistanceSums<V>& sums, const GradientRow<V>& g,
-                                int label, int classes, bool vectorised, G* adv_grad, G* nat_grad) {
-  constexpr int kVector = Row::kVector;
-  const V true_adv = true_adv_gradient(g, sums, adv_softmax);
-  const V true_nat = true_nat_gradient(g, sums, nat_softmax);
+                                const Place& at, G* adv_grad, G* nat_grad) {
 #pragma unroll
-  for (int i = 0; i < adv.count(); i += kVector) {
-    V adv_values[kVector], nat_values[kVector];
+  for (int i = 0; i < adv.count(); ++i) {
+    Pack<V, Row::kPack> a = nat.exps(i), b = adv.exps(i);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const V a = nat.exp(i + j) * nat_softmax.inv_sum, b = adv.exp(i + j) * adv_softmax.inv_sum;
-      const bool is_true = adv.class_of(i + j) == label;
-      adv_values[j] = label < 0 ? V(0) : is_true ? true_adv : adv_gradient(g, a, b);
-      nat_values[j] = label < 0 ? V(0) : is_true ? true_nat : nat_gradient(g, a, b);
+    for (int j = 0; j < Row::kPack; ++j) {
+      const V nat_prob = a.values[j] * nat_softmax.inv_sum, adv_prob = b.values[j] * adv_softmax.inv_sum;
+      b.values[j] = adv_gradient(g, nat_prob, adv_prob);
+      a.values[j] = nat_gradient(g, nat_prob, adv_prob);
     }
-    store_pack(adv_grad, adv.class_of(i), classes, vectorised, adv_values);
-    store_pack(nat_grad, adv.class_of(i), classes, vectorised, nat_values);
+    store_pack(adv_grad, adv.first_class(i), at.classes, b);
+    store_pack(nat_grad, adv.first_class(i), at.classes, a);
+  }
+  if (holds_label<Row>(at)) {
+    adv_grad[at.label] = narrow<G>(true_adv_gradient(g, sums, adv_softmax));
+    nat_grad[at.label] = narrow<G>(true_nat_gradient(g, sums, nat_softmax));
   }
 }
 
 // Shared memory: the true-class residuals of both rows, (samples, M) each, then the losses, (M, samples).
 template <class Row, int kMaxThreads, int kMinBlocks>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    ceat_loss_kernel(const CeatLossArgs args, const bool vectorised) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ceat_loss_kernel(const CeatLossArgs args) {
   using T = typename Row::Element;
   using V = typename Row::V;
   using G = Gradient<T>;
   const int members = args.shape.members, samples = args.plan.samples;
-  const Place at = place_of_thread(args.plan, args.shape, Row::lanes(args.plan));
-  const int label = label_at(args.target, at);
+  const Place at = place_of_thread(args.plan, args.shape, args.target, Row::lanes(args.plan));
   V* const adv_residuals = shared_memory<V>();
   V* const nat_residuals = adv_residuals + samples * members;
   V* const losses = nat_residuals + samples * members;
 
   const T* const adv_data = row_at<T>(args.adv, at);
   const T* const nat_data = row_at<T>(args.nat, at);
-  Row adv(adv_data, at, vectorised), nat(nat_data, at, vectorised);
-  const SoftmaxRow<V> adv_softmax = softmax_of(adv, adv_data, label, at.lanes);
-  const SoftmaxRow<V> nat_softmax = softmax_of(nat, nat_data, label, at.lanes);
-  const DistanceSums<V> sums = distance_sums(adv, nat, adv_softmax, nat_softmax, label, at.lanes);
+  const V true_adv = true_logit_of(adv_data, at), true_nat = true_logit_of(nat_data, at);
+  Row adv(adv_data, at), nat(nat_data, at);
+  const SoftmaxRow<V> adv_softmax = softmax_of(adv, true_adv, at);
+  const SoftmaxRow<V> nat_softmax = softmax_of(nat, true_nat, at);
+  const DistanceSums<V> sums = distance_sums(adv, nat, adv_softmax, nat_softmax, at.lanes);
   if (at.in_block && at.lane == 0) {
     adv_residuals[at.local * members + at.member] = adv_softmax.true_residual;
     nat_residuals[at.local * members + at.member] = nat_softmax.true_residual;
@@ -100,21 +102,27 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   parts.nat_weight = exponential_weight(parts.nat_disparity, args.settings.nat_exponent, args.settings.max_weight);
   parts.adv_weight = exponential_weight(parts.adv_disparity, args.settings.adv_exponent, args.settings.max_weight);
 
+  const bool labelled = at.label >= 0;
   const int64_t row = row_index(args.shape, at);
   if (at.in_block && at.lane == 0) {
-    const V loss = label < 0 ? V(NAN) : row_loss(args.settings, parts);
+    const V loss = labelled ? row_loss(args.settings, parts) : V(NAN);
     losses[at.member * samples + at.local] = at.active ? loss : V(0);
     if (at.active && args.sums == nullptr) static_cast<V*>(args.loss)[row] = loss;
     if (at.active && args.parts != nullptr) {
-      store_parts(static_cast<V*>(args.parts), row, members * args.shape.batch, parts, label >= 0);
+      store_parts(static_cast<V*>(args.parts), row, members * args.shape.batch, parts, labelled);
     }
   }
   if (at.active && args.adv_grad != nullptr) {
-    const GradientRow<V> g = gradient_row(args.settings, args.scale, parts.nat_weight, parts.adv_weight, sums,
-                                          nat_softmax.true_residual, adv_softmax.true_residual);
-    const int64_t first = row * at.classes;
-    store_gradients(adv, nat, adv_softmax, nat_softmax, sums, g, label, at.classes, vectorised,
-                    static_cast<G*>(args.adv_grad) + first, static_cast<G*>(args.nat_grad) + first);
+    G* const adv_grad = static_cast<G*>(args.adv_grad) + row * at.classes;
+    G* const nat_grad = static_cast<G*>(args.nat_grad) + row * at.classes;
+    if (labelled) {
+      const GradientRow<V> g = gradient_row(args.settings, args.scale, parts.nat_weight, parts.adv_weight, sums,
+                                            nat_softmax.true_residual, adv_softmax.true_residual);
+      store_gradients(adv, nat, adv_softmax, nat_softmax, sums, g, at, adv_grad, nat_grad);
+    } else {
+      store_zeros(adv_grad, at);
+      store_zeros(nat_grad, at);
+    }
   }
   if (args.sums != nullptr) {
     __syncthreads();
@@ -125,16 +133,14 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
 template <class T>
 const char* launch_typed(const CeatLossArgs& args, void* stream) {
   using V = Compute<T>;
-  const char* error = with_row<T>(args.plan.kind, [&](auto tag) {
+  const char* error = with_row<T>(args.plan, args.shape.classes, {args.adv, args.nat}, [&](auto tag) {
     using Row = typename decltype(tag)::type;
-    const bool vectorised = args.shape.classes % Row::kVector == 0 && rows_aligned<T, Row::kVector>(args.adv) &&
-                            rows_aligned<T, Row::kVector>(args.nat);
     const size_t shared_bytes = 3 * sizeof(V) * args.plan.samples * args.shape.members;
     auto kernel = ceat_loss_kernel<Row, Row::kMaxThreads, 1>;
-    if constexpr (Row::kPairs) {
-      if (args.plan.threads <= kPairedThreads) kernel = ceat_loss_kernel<Row, kPairedThreads, 2>;
+    if constexpr (Row::kCrowded) {
+      if (args.plan.threads <= kCrowdedThreads) kernel = ceat_loss_kernel<Row, kCrowdedThreads, kCrowdedBlocks>;
     }
-    return launch(kernel, args.plan.blocks, args.plan.threads, shared_bytes, stream, args, vectorised);
+    return launch(kernel, args.plan.blocks, args.plan.threads, shared_bytes, stream, args);
   });
   return error != nullptr ? error : add_up_sums<V>(args.plan, args.shape.members, args.sums, args.loss, stream);
 }

@@ -16,5 +16,11 @@ constexpr Divisor divisor(uint32_t value) {
   const uint64_t rest = (uint64_t(1) << shift) - value;
   return {value, uint32_t((rest << 32) / value + 1), shift};
 }
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline uint32_t divide(uint32_t number, const Divisor& by) {
+  return (uint32_t(uint64_t(number) * by.multiplier >> 32) + number) >> by.shift;
+}
 
 }  // namespace ceat::cuda

@@ -1,9 +1,13 @@
 // Element types, vector access and the launch call: what every kernel file needs.
 #pragma once
 
+#ifdef CEAT_SIMT
+#include CEAT_SIMT  // emulation on the host, for tests
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -60,6 +64,20 @@ const char* with_type(DType dtype, const Body& body) {
   return "unknown element type";
 }
 
+#ifndef CEAT_SIMT
+// 2^x to two units in the last place; 0 below 2^-126.
+__device__ inline float exp2_rough(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+template <class V>
+__device__ V* shared_memory() {
+  extern __shared__ double ceat_shared_memory[];
+  return reinterpret_cast<V*>(ceat_shared_memory);
+}
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
@@ -67,6 +85,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+#endif
 
 // Blocks of kThreads for kernels whose threads walk over `items` with a stride of the whole grid.
 constexpr int kThreads = 256;

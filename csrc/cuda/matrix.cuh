@@ -5,8 +5,6 @@
 
 #include <cstdint>
 
-#include "divisor.h"
-
 namespace ceat::cuda {
 
 #define CEAT_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
@@ -15,10 +13,6 @@ namespace ceat::cuda {
 template <class T>
 __device__ inline T read_only(const T* from) {
   return __ldg(from);
-}
-
-__device__ inline uint32_t divide(uint32_t number, const Divisor& by) {
-  return (__umulhi(number, by.multiplier) + number) >> by.shift;
 }
 
 // Two bf16 in one word, and the two as floats.

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "divisor.h"
+
 namespace ceat::cuda {
 
 struct Shape {
@@ -28,9 +30,9 @@ constexpr int kThreadClasses = 10, kSubWarpClasses = 128, kWarpClasses = 1024;
 constexpr int max_threads(RowKind kind, bool is_double) {
   return kind == RowKind::kThread ? (is_double ? 512 : 768) : kind == RowKind::kStreamed ? 512 : 256;
 }
-// Blocks of this size leave 168 registers for a thread where two of them share a multiprocessor, so that one loads
-// while the other computes: what a warp's rows need at least.
-constexpr int kPairedThreads = 192;
+// A warp's rows take many registers: blocks of few threads, kCrowdedBlocks of which share a multiprocessor, so that
+// some load while others compute.
+constexpr int kCrowdedThreads = 128, kCrowdedBlocks = 4;
 constexpr int kMaxMembers = max_threads(RowKind::kStreamed, true);
 // Class numbers are 32 bits wide, with room for the padding of a row.
 constexpr int kMaxClasses = 1 << 30;
@@ -39,6 +41,7 @@ struct Plan {
   RowKind kind;
   int lanes, samples, threads;
   int64_t blocks;
+  Divisor by_samples;
 };
 
 inline RowKind row_kind(int classes) {
@@ -50,7 +53,6 @@ inline RowKind row_kind(int classes) {
 
 // Needs 1 <= members <= kMaxMembers.
 inline Plan make_plan(const Shape& shape, bool is_double) {
-  constexpr int64_t kBlockThreads = 256;
   Plan plan{};
   plan.kind = row_kind(shape.classes);
   plan.lanes = plan.kind == RowKind::kThread ? 1 : plan.kind == RowKind::kSubWarp ? 8 : kWarpSize;
@@ -59,11 +61,13 @@ inline Plan make_plan(const Shape& shape, bool is_double) {
     plan.lanes = kWarpSize;
     while (shape.members * plan.lanes > max_threads(plan.kind, is_double)) plan.lanes /= 2;
   }
+  const int64_t block_threads = plan.kind == RowKind::kWarp ? kCrowdedThreads : 256;
   const int64_t sample_threads = int64_t(shape.members) * plan.lanes;
   const bool one_block = shape.batch <= max_threads(plan.kind, is_double) / sample_threads;
-  plan.samples = int(std::max<int64_t>(1, one_block ? shape.batch : kBlockThreads / sample_threads));
+  plan.samples = int(std::max<int64_t>(1, one_block ? shape.batch : block_threads / sample_threads));
   plan.threads = int((plan.samples * sample_threads + kWarpSize - 1) / kWarpSize * kWarpSize);
   plan.blocks = (shape.batch + plan.samples - 1) / plan.samples;
+  plan.by_samples = divisor(uint32_t(plan.samples));
   return plan;
 }
 

@@ -4,12 +4,17 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "elements.cuh"
 
 namespace ceat::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// NaN gives way to numbers: a row that holds one has a sum that is NaN.
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
 
 // `lanes` is a power of two and groups start at its multiples. All threads of the warp must call.
 template <class V>
@@ -21,16 +26,9 @@ __device__ V group_sum(V value, int lanes) {
 template <class V>
 __device__ V group_max(V value, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    const V other = __shfl_xor_sync(kFullWarp, value, offset);
-    value = other > value ? other : value;
+    value = larger(value, __shfl_xor_sync(kFullWarp, value, offset));
   }
   return value;
-}
-
-template <class V>
-__device__ V* shared_memory() {
-  extern __shared__ double ceat_shared_memory[];
-  return reinterpret_cast<V*>(ceat_shared_memory);
 }
 
 // The place of this thread. Threads beyond the last row take part in shuffles and barriers with zero classes.
@@ -39,27 +37,24 @@ struct Place {
   int member, local;  // local: index of the sample within the block
   int64_t sample;
   int classes;
+  int label;  // -1 for one outside [0, K)
   bool in_block, active;
 };
 
-__device__ inline Place place_of_thread(const Plan& plan, const Shape& shape, int lanes) {
+__device__ inline Place place_of_thread(const Plan& plan, const Shape& shape, const Labels& target, int lanes) {
   const int group = int(threadIdx.x) / lanes;
   Place at;
   at.lane = int(threadIdx.x) % lanes;
   at.lanes = lanes;
-  at.member = group / plan.samples;
-  at.local = group % plan.samples;
+  at.member = int(divide(uint32_t(group), plan.by_samples));
+  at.local = group - at.member * plan.samples;
   at.sample = int64_t(blockIdx.x) * plan.samples + at.local;
   at.in_block = at.member < shape.members;
   at.active = at.in_block && at.sample < shape.batch;
   at.classes = at.active ? shape.classes : 0;
-  return at;
-}
-
-// -1 for a label outside [0, K).
-__device__ inline int label_at(const Labels& target, const Place& at) {
   const int64_t label = at.active ? target.data[at.sample * target.stride] : -1;
-  return label >= 0 && label < at.classes ? int(label) : -1;
+  at.label = label >= 0 && label < at.classes ? int(label) : -1;
+  return at;
 }
 
 template <class T>
@@ -70,107 +65,180 @@ __device__ const T* row_at(const Logits& logits, const Place& at) {
 
 __device__ inline int64_t row_index(const Shape& shape, const Place& at) { return at.member * shape.batch + at.sample; }
 
-// Both kinds of rows number a lane's classes 0 <= i < count() and deal the classes out in packs of kVector. After
-// exponentiate(max), exp(i) is e^(z - max). Classes past the end have the logit -inf and so the probability 0.
+// The label's logit stands by itself. Where there is no label nothing comes of it.
+template <class T>
+__device__ Compute<T> true_logit_of(const T* row, const Place& at) {
+  return at.label >= 0 ? widen(row[at.label]) : Compute<T>(0);
+}
 
-template <class T, RowKind kKind, int kLanes, int kPerLane, int kPack>
+// z -> e^(z - max), for z <= max.
+template <class T>
+struct ExpBelow {  // of fp64
+  double max;
+  __device__ explicit ExpBelow(double of_row) : max(of_row) {}
+  __device__ double operator()(double z) const { return exp_nonpositive(z - max); }
+};
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// 2^h for the rounded h = d log2 e, and a correction by the remainder d - h ln 2. As h is rounded down, the remainder
+// is not negative; saturating it drops what is not a number there where d is -inf.
+template <>
+struct ExpBelow<float> {
+  float max;
+  __device__ explicit ExpBelow(float of_row) : max(of_row) {}
+  __device__ float operator()(float z) const {
+    const float d = z - max, h = __fmul_rd(d, kLog2e), power = exp2_rough(h);
+    return fmaf(power, __saturatef(fmaf(-h, kLn2, d)), power);
+  }
+};
+
+// What this loses, |z| 2^-24 of the value, is little beside the rounding of such logits.
+struct RoughExpBelow {
+  float shift;
+  __device__ explicit RoughExpBelow(float max) : shift(max * kLog2e) {}
+  __device__ float operator()(float z) const { return exp2_rough(fmaf(z, kLog2e, -shift)); }
+};
+template <>
+struct ExpBelow<__half> : RoughExpBelow {
+  using RoughExpBelow::RoughExpBelow;
+};
+template <>
+struct ExpBelow<__nv_bfloat16> : RoughExpBelow {
+  using RoughExpBelow::RoughExpBelow;
+};
+
+// Classes first, first + 1, ... of a row. Those past the end and the label itself have the logit -inf, and so the
+// probability 0: all sums run over the other classes.
+template <class T, int kPack>
+__device__ Pack<Compute<T>, kPack> load_pack(const T* row, int first, const Place& at) {
+  using V = Compute<T>;
+  Pack<V, kPack> logits;
+  if (first < at.classes) {
+    const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(row + first);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) logits.values[j] = widen(pack.values[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) logits.values[j] = V(-INFINITY);
+  }
+  const int offset = at.label - first;
+  if (unsigned(offset) < unsigned(kPack)) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) logits.values[j] = j == offset ? V(-INFINITY) : logits.values[j];
+  }
+  return logits;
+}
+
+// Both kinds of rows deal the classes out to their lanes in packs of kPack, which divides K. After exponentiate(max),
+// exps(i) holds e^(z - max).
+
+template <class T, RowKind kKind, int kLanes, int kPerLane, int kPackOf>
 struct ResidentRow {
   using Element = T;
   using V = Compute<T>;
-  static constexpr int kVector = kPack;
+  static constexpr int kPack = kPackOf;
   static constexpr int kMaxThreads = max_threads(kKind, std::is_same_v<V, double>);
-  static constexpr bool kPairs = kKind == RowKind::kWarp && !std::is_same_v<V, double>;  // see kPairedThreads
-  static_assert(kPerLane % kPack == 0);
+  static constexpr bool kCrowded = kKind == RowKind::kWarp && !std::is_same_v<V, double>;  // see kCrowdedThreads
+  static constexpr int kPacks = (kPerLane + kPack - 1) / kPack;
 
-  V values[kPerLane];
+  Pack<V, kPack> packs[kPacks];
   int lane;
 
   static __device__ int lanes(const Plan&) { return kLanes; }
-  __device__ static constexpr int count() { return kPerLane; }
-  __device__ int class_of(int i) const { return (i / kPack * kLanes + lane) * kPack + i % kPack; }
+  __device__ static constexpr int count() { return kPacks; }
+  __device__ int first_class(int i) const { return (i * kLanes + lane) * kPack; }
 
-  __device__ ResidentRow(const T* row, const Place& at, bool vectorised) : lane(at.lane) {
+  __device__ ResidentRow(const T* row, const Place& at) : lane(at.lane) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += kPack) {
-      const int first = class_of(i);
-      if (vectorised && first < at.classes) {
-        const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(row + first);
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) values[i + j] = widen(pack.values[j]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) values[i + j] = first + j < at.classes ? widen(row[first + j]) : V(-INFINITY);
-      }
-    }
+    for (int i = 0; i < kPacks; ++i) packs[i] = load_pack<T, kPack>(row, first_class(i), at);
   }
 
-  __device__ V logit(int i) const { return values[i]; }
-  __device__ V exp(int i) const { return values[i]; }
+  __device__ const Pack<V, kPack>& logits(int i) const { return packs[i]; }
+  __device__ const Pack<V, kPack>& exps(int i) const { return packs[i]; }
   __device__ void exponentiate(V max) {
+    const ExpBelow<T> exp_below(max);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = exp_nonpositive(values[i] - max);
+    for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) packs[i].values[j] = exp_below(packs[i].values[j]);
+    }
   }
 };
 
-template <class T>
+template <class T, int kPackOf>
 struct StreamedRow {
   using Element = T;
   using V = Compute<T>;
-  static constexpr int kVector = 1;
+  static constexpr int kPack = kPackOf;
   static constexpr int kMaxThreads = max_threads(RowKind::kStreamed, std::is_same_v<V, double>);
-  static constexpr bool kPairs = false;
+  static constexpr bool kCrowded = false;
 
   const T* row;
-  int lane, lane_count, classes;
-  V shift;
+  const Place& at;
+  V max;
 
   static __device__ int lanes(const Plan& plan) { return plan.lanes; }
-  __device__ int count() const { return (classes + lane_count - 1) / lane_count; }
-  __device__ int class_of(int i) const { return i * lane_count + lane; }
+  __device__ int count() const { return (at.classes + kPack * at.lanes - 1) / (kPack * at.lanes); }
+  __device__ int first_class(int i) const { return (i * at.lanes + at.lane) * kPack; }
 
-  __device__ StreamedRow(const T* data, const Place& at, bool)
-      : row(data), lane(at.lane), lane_count(at.lanes), classes(at.classes), shift(0) {}
+  __device__ StreamedRow(const T* data, const Place& place) : row(data), at(place), max(0) {}
 
-  __device__ V logit(int i) const {
-    const int k = class_of(i);
-    return k < classes ? widen(row[k]) : V(-INFINITY);
+  __device__ Pack<V, kPack> logits(int i) const { return load_pack<T, kPack>(row, first_class(i), at); }
+  __device__ Pack<V, kPack> exps(int i) const {
+    const ExpBelow<T> exp_below(max);
+    auto pack = logits(i);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) pack.values[j] = exp_below(pack.values[j]);
+    return pack;
   }
-  __device__ V exp(int i) const { return exp_nonpositive(logit(i) - shift); }
-  __device__ void exponentiate(V max) { shift = max; }
+  __device__ void exponentiate(V of_row) { max = of_row; }
 };
 
-// Writes kCount values to classes first, first + 1, ... of a contiguous row.
-template <class G, int kCount, class V>
-__device__ void store_pack(G* row, int first, int classes, bool vectorised, const V (&values)[kCount]) {
-  if (vectorised && first < classes) {
-    Pack<G, kCount> pack;
+// Writes classes first, first + 1, ... of a contiguous row.
+template <class G, class V, int kPack>
+__device__ void store_pack(G* row, int first, int classes, const Pack<V, kPack>& pack) {
+  if (first >= classes) return;
+  Pack<G, kPack> narrowed;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) pack.values[j] = narrow<G>(values[j]);
-    *reinterpret_cast<Pack<G, kCount>*>(row + first) = pack;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (first + j < classes) row[first + j] = narrow<G>(values[j]);
-    }
-  }
+  for (int j = 0; j < kPack; ++j) narrowed.values[j] = narrow<G>(pack.values[j]);
+  *reinterpret_cast<Pack<G, kPack>*>(row + first) = narrowed;
 }
 
-// Turns the logits of the row into e^(z - max). `data` is the row in memory: in registers, finding its true logit would
-// take a search.
+// A contiguous row without a label.
+template <class G>
+__device__ void store_zeros(G* row, const Place& at) {
+  for (int k = at.lane; k < at.classes; k += at.lanes) row[k] = narrow<G>(Compute<G>(0));
+}
+
+// The thread that holds the label among its packs: what it writes there later comes after the pack.
 template <class Row>
-__device__ SoftmaxRow<typename Row::V> softmax_of(Row& row, const typename Row::Element* data, int label, int lanes) {
+__device__ bool holds_label(const Place& at) {
+  return at.label >= 0 && at.label / Row::kPack % at.lanes == at.lane;
+}
+
+// Turns the logits of the row into e^(z - max).
+template <class Row>
+__device__ SoftmaxRow<typename Row::V> softmax_of(Row& row, typename Row::V true_logit, const Place& at) {
   using V = typename Row::V;
-  V max = V(-INFINITY);
+  V max = true_logit;
 #pragma unroll
-  for (int i = 0; i < row.count(); ++i) max = row.logit(i) > max ? row.logit(i) : max;
-  max = group_max(max, lanes);
+  for (int i = 0; i < row.count(); ++i) {
+    const auto logits = row.logits(i);
+#pragma unroll
+    for (int j = 0; j < Row::kPack; ++j) max = larger(max, logits.values[j]);
+  }
+  max = group_max(max, at.lanes);
   row.exponentiate(max);
   V other = 0;
 #pragma unroll
-  for (int i = 0; i < row.count(); ++i) other += row.class_of(i) == label ? V(0) : row.exp(i);
-  other = group_sum(other, lanes);
-  const V true_logit = label >= 0 ? widen(data[label]) : V(0);
-  return softmax_row(max, true_logit, exp_nonpositive(true_logit - max), other);
+  for (int i = 0; i < row.count(); ++i) {
+    const auto exps = row.exps(i);
+#pragma unroll
+    for (int j = 0; j < Row::kPack; ++j) other += exps.values[j];
+  }
+  other = group_sum(other, at.lanes);
+  return softmax_row(max, true_logit, ExpBelow<typename Row::Element>(max)(true_logit), other);
 }
 
 // out[r * stride] = scale * sum of row r of the (rows, count) matrix in shared memory, one warp per row. The caller
@@ -192,6 +260,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(const V* matrix, int
   V* const shares = shared_memory<V>();
   const V* row = matrix + blockIdx.x * count;
   V sum = 0;
+#pragma unroll 16  // loads on their way at once
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += row[i];
   shares[threadIdx.x] = sum;
   __syncthreads();
@@ -216,16 +285,31 @@ struct RowTag {
   using type = Row;
 };
 
-// Calls body(RowTag<Row>{}) with the row type of the plan.
-template <class T, class Body>
-const char* with_row(RowKind kind, const Body& body) {
+template <class T, int kThreadPack, int kPack, class Body>
+const char* with_packed_row(RowKind kind, const Body& body) {
   switch (kind) {
-    case RowKind::kThread: return body(RowTag<ResidentRow<T, RowKind::kThread, 1, kThreadClasses, 2>>{});
-    case RowKind::kSubWarp: return body(RowTag<ResidentRow<T, RowKind::kSubWarp, 8, kSubWarpClasses / 8, 4>>{});
-    case RowKind::kWarp: return body(RowTag<ResidentRow<T, RowKind::kWarp, kWarpSize, kWarpClasses / kWarpSize, 4>>{});
-    case RowKind::kStreamed: return body(RowTag<StreamedRow<T>>{});
+    case RowKind::kThread: return body(RowTag<ResidentRow<T, RowKind::kThread, 1, kThreadClasses, kThreadPack>>{});
+    case RowKind::kSubWarp: return body(RowTag<ResidentRow<T, RowKind::kSubWarp, 8, kSubWarpClasses / 8, kPack>>{});
+    case RowKind::kWarp:
+      if constexpr (kPack > 1) {  // long rows that are not aligned are rare: no code of their own
+        return body(RowTag<ResidentRow<T, RowKind::kWarp, kWarpSize, kWarpClasses / kWarpSize, kPack>>{});
+      }
+      [[fallthrough]];
+    case RowKind::kStreamed: return body(RowTag<StreamedRow<T, kPack>>{});
   }
   return "unknown row kind";
+}
+
+// Calls body(RowTag<Row>{}) with the row type of the plan, for logits that are all in the given places.
+template <class T, class Body>
+const char* with_row(const Plan& plan, int classes, std::initializer_list<Logits> all, const Body& body) {
+  constexpr int kThreadPack = 2, kPack = 4;
+  const bool thread = plan.kind == RowKind::kThread;
+  bool packed = classes % (thread ? kThreadPack : kPack) == 0;
+  for (const Logits& logits : all) {
+    packed = packed && (thread ? rows_aligned<T, kThreadPack>(logits) : rows_aligned<T, kPack>(logits));
+  }
+  return packed ? with_packed_row<T, kThreadPack, kPack>(plan.kind, body) : with_packed_row<T, 1, 1>(plan.kind, body);
 }
 
 }  // namespace ceat::cuda

@@ -1,9 +1,10 @@
 // Runs a kernel of csrc/cuda on the host: one fiber per thread, which give way to each other at barriers and at the
-// instructions that a warp executes together. Stands in for matrix.cuh.
+// instructions that a warp executes together. Stands in for matrix.cuh and the headers of CUDA.
 #pragma once
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -13,9 +14,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/cuda/divisor.h"
-
 #define __device__
+#define __global__
+#define __launch_bounds__(...)
 #define CEAT_DYNAMIC_SHARED(name) uint4* name = reinterpret_cast<uint4*>(simt::shared.data())
 
 struct alignas(8) uint2 {
@@ -43,6 +44,7 @@ constexpr size_t kStack = 1 << 18;
 struct Warp {
   int arrived = 0;
   uint64_t round = 0;
+  double values[kLanes];
   float sums[kLanes][4];
   uint32_t a[kLanes][4], b[kLanes][2], address[kLanes], rows[kLanes][4];
 };
@@ -84,7 +86,7 @@ void together(const Compute& compute) {
 
 }  // namespace simt
 
-inline simt::Place threadIdx, blockIdx, blockDim;
+inline simt::Place threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() {
   const uint64_t round = simt::barrier_round;
@@ -127,15 +129,44 @@ inline void run_block(Place block, int count, size_t shared_bytes, const std::fu
 
 }  // namespace simt
 
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  const int lane = simt::current % simt::kLanes;
+  simt::Warp& own = simt::warps[simt::current / simt::kLanes];
+  own.values[lane] = value;
+  T other;
+  simt::together([](simt::Warp&) {});
+  other = T(own.values[lane ^ offset]);
+  simt::together([](simt::Warp&) {});
+  return other;
+}
+
+inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
+inline float __fmul_rd(float x, float y) {
+  const double product = double(x) * y;  // exact
+  const float rounded = float(product);
+  return rounded > product ? std::nextafter(rounded, -INFINITY) : rounded;
+}
+
+using __half = _Float16;
+inline float __half2float(__half x) { return x; }
+inline __half __float2half_rn(float x) { return __half(x); }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 namespace ceat::cuda {
 
 template <class T>
 T read_only(const T* from) {
   return *from;
-}
-
-inline uint32_t divide(uint32_t number, const Divisor& by) {
-  return (uint32_t(uint64_t(number) * by.multiplier >> 32) + number) >> by.shift;
 }
 
 inline float widen_bits(uint32_t bits) {
@@ -222,4 +253,23 @@ inline void start_copy(uint4* to, const uint4* from) {
 
 inline void finish_copies() { __syncthreads(); }
 
+inline float exp2_rough(float x) { return x < -126 ? 0 : std::exp2(x); }
+
+template <class V>
+V* shared_memory() {
+  return reinterpret_cast<V*>(simt::shared.data());
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void*,
+                   const Arguments&... arguments) {
+  gridDim = {unsigned(blocks), 1, 1};
+  for (unsigned block = 0; block < blocks; ++block) {
+    simt::run_block({block, 0, 0}, threads, shared_bytes, [&] { kernel(arguments...); });
+  }
+  return nullptr;
+}
+
 }  // namespace ceat::cuda
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {uint16_t(ceat::cuda::bf16_bits(x))}; }
