@@ -39,6 +39,7 @@ class Setting:
     steps: int = 10
     device: str = "cpu"
     precision: str = "fp32"  # that of the attack's search
+    compile_mode: str | None = None  # of torch.compile, in the loops that we are compared with
 
     def build(self) -> list[nn.Module]:
         torch.manual_seed(0)
@@ -62,7 +63,7 @@ def sgd(members: list[nn.Module]) -> list[torch.optim.Optimizer]:
 
 def peer_calls(members: list[nn.Module], setting: Setting, compiled: bool) -> list[Callable[[Tensor], Tensor]]:
     """The members as the plain loops call them: in bf16 through autocast, where the attack is in bf16."""
-    calls = [torch.compile(m) for m in members] if compiled else list(members)
+    calls = [torch.compile(m, mode=setting.compile_mode) for m in members] if compiled else list(members)
     if setting.precision == "fp32":
         return calls
 

@@ -122,6 +122,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Iterator[dict[str, A
         batch=arguments.batch,
         steps=arguments.steps,
         device=arguments.device,
+        compile_mode=arguments.compile_mode,
     )
     members = setting.build()
     native = resolve_precision("auto", members[0])
@@ -188,6 +189,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp32, and bf16 if native")
+    parser.add_argument("--compile_mode", help="mode of torch.compile for the loop that we are compared with")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--batch", type=int, help="default 128 (--quick: 32)")

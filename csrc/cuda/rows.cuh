@@ -208,6 +208,7 @@ __device__ void store_pack(G* row, int first, int classes, const Pack<V, kPack>&
 // A contiguous row without a label.
 template <class G>
 __device__ void store_zeros(G* row, const Place& at) {
+#pragma unroll 1
   for (int k = at.lane; k < at.classes; k += at.lanes) row[k] = narrow<G>(Compute<G>(0));
 }
 
