@@ -21,6 +21,7 @@ from ceat_fast.ensemble.fused import FusedMembers
 from ceat_fast.ensemble.fused_training import FusedTraining
 from ceat_fast.ensemble.graphs import Captures, GraphedCalls
 from ceat_fast.ensemble.group import MemberGroup
+from ceat_fast.ensemble.memory_format import ChannelsLast, channels_last
 from ceat_fast.ensemble.streams import run_in_streams
 from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.ops import reference
@@ -76,6 +77,7 @@ class Ensemble(nn.Module):
         self._fused: list[tuple[list[int], FusedMembers]] | None = None
         self._not_fusable = False
         self._trained: list[tuple[list[int], FusedTraining]] | None = None
+        self._format = ChannelsLast()
 
     def execution(self, device: torch.device, training: bool | None = None) -> Execution:
         """How the members run on inputs on `device`, in the ensemble's present mode or the one given."""
@@ -166,14 +168,19 @@ class Ensemble(nn.Module):
             if logits is not None:
                 return logits
         if execution.members != "vmap":
-            rows = x.unbind(0) if per_member else [x] * count
+            rows, run = x.unbind(0) if per_member else [x] * count, partial(self._run_each, execution)
             with self.convolutions(execution, x.device):
-                return _stack_logits(self._run_each(execution, [execution.arrange(row) for row in rows]))
+                if not execution.on_channels_last:
+                    return _stack_logits(run(rows))
+                # Who names an execution gets it as it is, or its error.
+                if self.backend != AUTO:
+                    return _stack_logits(run([channels_last(row) for row in rows]))
+                return _stack_logits(self._format.run(run, rows, self, own=self.is_view))
         outputs: dict[int, Tensor] = {}
         for group in self._current_groups():
             whole = len(group.indices) == count
             inputs = x if whole or not per_member else x[list(group.indices)]
-            inputs = execution.arrange(inputs)
+            inputs = channels_last(inputs) if execution.on_channels_last else inputs
             output = group.run(inputs, per_member, must_batch=self.backend != AUTO, compiled=execution.compile)
             if whole and isinstance(output, Tensor) and output.dim() == 3:
                 return output
@@ -267,6 +274,7 @@ class Ensemble(nn.Module):
             "_fused": None,
             "_trained": None,
             "_not_fusable": False,
+            "_format": ChannelsLast(),
         }
         return {**self.__dict__, **fresh}
 

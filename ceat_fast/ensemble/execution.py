@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ceat_fast.choices import unknown_name
 from ceat_fast.ops import triton_backend, winograd
@@ -62,13 +61,10 @@ class Execution:
             raise ValueError(f"backend {text!r}: winograd is for 'loop', and without compile")
         return cls(members, **dict.fromkeys(options, True))
 
-    def arrange(self, x: Tensor) -> Tensor:
-        """`x` in this execution's memory format; what is no image batch, or inside torch.vmap, stays as it is."""
-        if torch._C._are_functorch_transforms_active():
-            return x
-        if (self.channels_last or self.members == "fused") and x.dim() == 4:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x
+    @property
+    def on_channels_last(self) -> bool:
+        """Whether image batches are to be in that memory format."""
+        return self.channels_last or self.members == "fused"
 
 
 class Tuned(NamedTuple):

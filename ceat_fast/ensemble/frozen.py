@@ -17,6 +17,7 @@ from ceat_fast.ensemble.ensemble import Ensemble
 from ceat_fast.ensemble.execution import AUTO, default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
 from ceat_fast.ensemble.fused import FusedMembers
+from ceat_fast.ensemble.memory_format import ChannelsLast
 from ceat_fast.ensemble.traced import NotFusableError
 from ceat_fast.ops import winograd
 
@@ -218,6 +219,7 @@ class _Module(nn.Module):
         self._fused: FusedMembers | None = None
         self._is_fusable = winograd.missing() is None
         self._is_released = False
+        self._format = ChannelsLast()
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_released:
@@ -233,8 +235,7 @@ class _Module(nn.Module):
             except NotFusableError:
                 self._is_fusable = False
         with winograd_convolutions(on_cpu, x.device):
-            logits: Tensor = self.module(x)
-        return logits
+            return self._format.run(lambda rows: self.module(*rows), [x], self.module, own=True)
 
     def weights_changed(self) -> None:
         self._is_released = False

@@ -129,7 +129,13 @@ class FusedMembers:
 
 def _run_each(members: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Each member on its part of the batch."""
-    outputs = [member(part) for member, part in zip(members, x.chunk(len(members)), strict=True)]
+    parts = x.chunk(len(members))
+    try:
+        outputs = [member(part) for member, part in zip(members, parts, strict=True)]
+    except RuntimeError:
+        # Their weights lie in channels_last here, which a forward with `view` cannot do with.
+        copies = [copy.deepcopy(member).to(memory_format=torch.contiguous_format) for member in members]
+        outputs = [member(part.contiguous()) for member, part in zip(copies, parts, strict=True)]
     if any(not isinstance(output, Tensor) or output.dim() != 2 for output in outputs):
         raise NotFusableError("the forward does not return logits (B, K)")
     return torch.cat(outputs)

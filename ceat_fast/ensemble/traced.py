@@ -103,7 +103,8 @@ def function_of(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_function":
         assert callable(node.target)
         return node.target
-    return _Method(str(node.target))
+    to_a_shape = node.target == "view" and not any(isinstance(size, torch.dtype) for size in node.args)
+    return _Method("reshape" if to_a_shape else str(node.target))  # a view of images in channels_last is none
 
 
 @dataclass(frozen=True)

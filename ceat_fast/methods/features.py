@@ -17,6 +17,7 @@ from ceat_fast.choices import unknown_name
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.ensemble.architecture import group_members
 from ceat_fast.ensemble.execution import AUTO
+from ceat_fast.ensemble.memory_format import ChannelsLast
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -113,6 +114,7 @@ class MemberFeatures:
         self._parts = [_UpTo(ensemble.members[m], layers[m]) for m in chosen]
         self._stacks: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._refused = False  # vmap cannot run these members
+        self._format = ChannelsLast()
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -130,7 +132,12 @@ class MemberFeatures:
                     raise
                 self._refused = True
         with self._ensemble.convolutions(execution, x.device):
-            return [part(execution.arrange(row)) for part, row in zip(self._parts, x.unbind(), strict=True)]
+            if not execution.on_channels_last:
+                return self._run_each(x.unbind())
+            return self._format.run(self._run_each, x.unbind(), self._ensemble)
+
+    def _run_each(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        return [part(row) for part, row in zip(self._parts, rows, strict=True)]
 
     def _grouped(self, x: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}

@@ -47,7 +47,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.conv2d(x, weight, bias, padding=1)` in channels_last, for what `suits`; differentiable as often as that.
+    """`torch.conv2d(x, weight, bias, padding=1)` for what `suits`, in the memory format of x; differentiable as often.
 
     Args:
         x: (B, C, H, W) fp32 on the CPU, best in channels_last.
@@ -82,8 +82,9 @@ def filters_at_points(taps: Tensor) -> Tensor:
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    output: Tensor = _convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, transposed)
-    return output
+    images = x.contiguous(memory_format=torch.channels_last)
+    output: Tensor = _convolve(images, weight, bias, transposed)
+    return output if images is x else output.contiguous()
 
 
 class _WinogradConvolution(torch.autograd.Function):

@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ceat_loss_kernel(cons
 
   const T* const adv_data = row_at<T>(args.adv, at);
   const T* const nat_data = row_at<T>(args.nat, at);
+  const auto adv_fetched = Row::fetch(adv_data, at), nat_fetched = Row::fetch(nat_data, at);
   const V true_adv = true_logit_of(adv_data, at), true_nat = true_logit_of(nat_data, at);
-  Row adv(adv_data, at), nat(nat_data, at);
+  Row adv(adv_fetched, at), nat(nat_fetched, at);
   const SoftmaxRow<V> adv_softmax = softmax_of(adv, true_adv, at);
   const SoftmaxRow<V> nat_softmax = softmax_of(nat, true_nat, at);
   const DistanceSums<V> sums = distance_sums(adv, nat, adv_softmax, nat_softmax, at.lanes);

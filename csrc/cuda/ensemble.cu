@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(Row::kMaxThreads, 1) ensemble_kernel(const Ens
   V* const losses = residuals + samples * members;
 
   const T* const data = row_at<T>(args.logits, at);
+  const auto fetched = Row::fetch(data, at);
   const V true_logit = true_logit_of(data, at);
-  Row logits(data, at);
+  Row logits(fetched, at);
   const SoftmaxRow<V> softmax = softmax_of(logits, true_logit, at);
   if (at.in_block && at.lane == 0) {
     shares[at.local * members + at.member] = softmax.ce;

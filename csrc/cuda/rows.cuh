@@ -65,9 +65,11 @@ __device__ const T* row_at(const Logits& logits, const Place& at) {
 
 __device__ inline int64_t row_index(const Shape& shape, const Place& at) { return at.member * shape.batch + at.sample; }
 
-// The label's logit stands by itself. Where there is no label nothing comes of it.
+// The label's logit stands by itself. Where there is no label nothing comes of it. It waits for the label, which what
+// was fetched before must not.
 template <class T>
 __device__ Compute<T> true_logit_of(const T* row, const Place& at) {
+  __syncwarp();
   return at.label >= 0 ? widen(row[at.label]) : Compute<T>(0);
 }
 
@@ -108,30 +110,30 @@ struct ExpBelow<__nv_bfloat16> : RoughExpBelow {
   using RoughExpBelow::RoughExpBelow;
 };
 
-// Classes first, first + 1, ... of a row. Those past the end and the label itself have the logit -inf, and so the
-// probability 0: all sums run over the other classes.
+// Classes first, first + 1, ... of a row; others of it past its end: loads that depend on nothing can all be on their
+// way at once, and the seven predicates of a thread would not do for a row.
 template <class T, int kPack>
-__device__ Pack<Compute<T>, kPack> load_pack(const T* row, int first, const Place& at) {
-  using V = Compute<T>;
-  Pack<V, kPack> logits;
-  if (first < at.classes) {
-    const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(row + first);
+__device__ Pack<T, kPack> fetch_pack(const T* row, int first, int classes) {
+  return *reinterpret_cast<const Pack<T, kPack>*>(row + (first < classes ? first : 0));
+}
+
+// With -inf past the end, and at the label, so that its probability is 0 and all sums run over the other classes.
+template <class T, int kPack>
+__device__ Pack<Compute<T>, kPack> other_logits(const Pack<T, kPack>& pack, int first, const Place& at) {
+  Pack<Compute<T>, kPack> logits;
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) logits.values[j] = widen(pack.values[j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) logits.values[j] = V(-INFINITY);
-  }
+  for (int j = 0; j < kPack; ++j) logits.values[j] = first < at.classes ? widen(pack.values[j]) : Compute<T>(-INFINITY);
   const int offset = at.label - first;
   if (unsigned(offset) < unsigned(kPack)) {
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) logits.values[j] = j == offset ? V(-INFINITY) : logits.values[j];
+    for (int j = 0; j < kPack; ++j) logits.values[j] = j == offset ? Compute<T>(-INFINITY) : logits.values[j];
   }
   return logits;
 }
 
-// Both kinds of rows deal the classes out to their lanes in packs of kPack, which divides K. After exponentiate(max),
-// exps(i) holds e^(z - max).
+// Both kinds of rows deal the classes out to their lanes in packs of kPack, which divides K. `fetch` starts to load a
+// row: the rows of both inputs are on their way before one is looked at. After exponentiate(max), exps(i) holds e^(z -
+// max).
 
 template <class T, RowKind kKind, int kLanes, int kPerLane, int kPackOf>
 struct ResidentRow {
@@ -142,16 +144,30 @@ struct ResidentRow {
   static constexpr bool kCrowded = kKind == RowKind::kWarp && !std::is_same_v<V, double>;  // see kCrowdedThreads
   static constexpr int kPacks = (kPerLane + kPack - 1) / kPack;
 
+  struct Fetched {
+    Pack<T, kPack> packs[kPacks];
+  };
+
   Pack<V, kPack> packs[kPacks];
   int lane;
 
   static __device__ int lanes(const Plan&) { return kLanes; }
   __device__ static constexpr int count() { return kPacks; }
-  __device__ int first_class(int i) const { return (i * kLanes + lane) * kPack; }
+  static __device__ int first_class(int i, int lane) { return (i * kLanes + lane) * kPack; }
+  __device__ int first_class(int i) const { return first_class(i, lane); }
 
-  __device__ ResidentRow(const T* row, const Place& at) : lane(at.lane) {
+  static __device__ Fetched fetch(const T* row, const Place& at) {
+    Fetched fetched;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) packs[i] = load_pack<T, kPack>(row, first_class(i), at);
+    for (int i = 0; i < kPacks; ++i) {
+      fetched.packs[i] = fetch_pack<T, kPack>(row, first_class(i, at.lane), at.classes);
+    }
+    return fetched;
+  }
+
+  __device__ ResidentRow(const Fetched& fetched, const Place& at) : lane(at.lane) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs[i] = other_logits(fetched.packs[i], first_class(i), at);
   }
 
   __device__ const Pack<V, kPack>& logits(int i) const { return packs[i]; }
@@ -174,6 +190,8 @@ struct StreamedRow {
   static constexpr int kMaxThreads = max_threads(RowKind::kStreamed, std::is_same_v<V, double>);
   static constexpr bool kCrowded = false;
 
+  using Fetched = const T*;
+
   const T* row;
   const Place& at;
   V max;
@@ -182,9 +200,13 @@ struct StreamedRow {
   __device__ int count() const { return (at.classes + kPack * at.lanes - 1) / (kPack * at.lanes); }
   __device__ int first_class(int i) const { return (i * at.lanes + at.lane) * kPack; }
 
-  __device__ StreamedRow(const T* data, const Place& place) : row(data), at(place), max(0) {}
+  static __device__ Fetched fetch(const T* row, const Place&) { return row; }
+  __device__ StreamedRow(Fetched data, const Place& place) : row(data), at(place), max(0) {}
 
-  __device__ Pack<V, kPack> logits(int i) const { return load_pack<T, kPack>(row, first_class(i), at); }
+  __device__ Pack<V, kPack> logits(int i) const {
+    const int first = first_class(i);
+    return other_logits(fetch_pack<T, kPack>(row, first, at.classes), first, at);
+  }
   __device__ Pack<V, kPack> exps(int i) const {
     const ExpBelow<T> exp_below(max);
     auto pack = logits(i);

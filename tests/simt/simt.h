@@ -141,6 +141,10 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
   return other;
 }
 
+inline void __syncwarp() {
+  simt::together([](simt::Warp&) {});
+}
+
 inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
 inline float __fmul_rd(float x, float y) {
   const double product = double(x) * y;  // exact
