@@ -60,8 +60,8 @@ def test_train_evaluate_report(config: str, tmp_path: Path, capsys: pytest.Captu
         "adversarial-disparity.png",
     }
     stored = load_config(run / "config.yaml")
-    assert stored.method.settings["lam"] == 5.0
-    assert stored.method.settings["mu"] == 2.0
+    assert stored.method.lam == 5.0
+    assert stored.method.mu == 2.0
     assert stored.optimizer.lr == 0.05
     assert stored.epochs == 1
 

@@ -77,7 +77,7 @@ class Objective:
         logits = self._logits(x if transform is None else transform(x))
         if self.loss == "ce":
             label = self.labels if self.target is None else self.target
-            losses, outer = dispatch.ensemble_cross_entropy(logits.detach(), label, _PER_SAMPLE, True)
+            losses, outer = dispatch.ensemble_cross_entropy(logits.detach(), label, _PER_SAMPLE)
             if self.target is not None:
                 losses, outer = -losses, -outer
             (grad,) = torch.autograd.grad(logits, x, outer.to(logits.dtype))

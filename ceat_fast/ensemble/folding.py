@@ -44,8 +44,7 @@ class FoldedCopy:
 
     Attributes:
         module: the copy.
-        folded: how many BatchNorm layers are folded.
-        unfolded: "name: reason" for each of the others.
+        unfolded: "name: reason" for each BatchNorm layer that is not folded.
 
     Raises:
         NotCopyableError: hooks, a forward that changes the module, or attributes that cannot be copied or compared.
@@ -80,7 +79,6 @@ class FoldedCopy:
             _remove_norm(module, pair)
         self.module = module.to(dtype=dtype).to(memory_format=memory_format)
         gone = {pair.norm for pair in self._pairs}
-        self.folded = len(gone)
         self.unfolded = [f"{name}: {reason}" for name in norms if name not in gone]
         folded = {f"{pair.convolution}.{kind}" for pair in self._pairs for kind in ("weight", "bias")}
         self._names = [name for name in _tensors(self.module) if name not in folded]

@@ -400,7 +400,3 @@ def _steps(
         if chain[-1] is node:
             steps.append(step)
     return steps, last_of
-
-
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

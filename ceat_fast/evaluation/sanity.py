@@ -6,7 +6,7 @@ What would make a number meaningless is an error where it happens (`evaluate`, `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -216,8 +216,3 @@ def _quote(score: Score) -> str:
 
 def _flag_if(wrong: bool, name: str, finding: str, advice: str) -> Check:
     return Check(name, FLAG, finding, advice) if wrong else Check(name, OK, finding)
-
-
-def in_order(checks: Sequence[Check]) -> list[Check]:
-    """Flags first, then what passed, then what did not run."""
-    return sorted(checks, key=lambda check: (FLAG, OK, NOT_RUN).index(check.outcome))

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -82,11 +82,6 @@ class Method(ABC):
     least_members: ClassVar[int] = 1
     capturable: ClassVar[bool] = False  # no step looks at a value on the host: on CUDA it can be a graph, replayed
     always_in_label: ClassVar[tuple[str, ...]] = ()  # settings that tables show even where they are the default
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The fields of the dataclass by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def label(self) -> str:

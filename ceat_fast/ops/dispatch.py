@@ -53,12 +53,10 @@ def _choose(impl: str, device_type: str) -> str:
     return impl
 
 
-def ensemble_cross_entropy(
-    logits: Tensor, target: Tensor, reduction: int, need_grad: bool, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def ensemble_cross_entropy(logits: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
     """Value and gradient of the cross-entropy of eq. 1; see the package docstring."""
-    chosen = module(backend_name(impl, logits.device.type))
-    loss, grad = chosen.ensemble_cross_entropy(logits, target, reduction, need_grad)
+    chosen = module(backend_name("auto", logits.device.type))
+    loss, grad = chosen.ensemble_cross_entropy(logits, target, reduction, True)
     return loss, grad
 
 

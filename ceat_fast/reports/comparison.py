@@ -18,22 +18,21 @@ from ceat_fast.reports.statistics import main_columns, paired_difference
 from ceat_fast.training.config import config_to_dict
 
 
-def write_comparison(folders: Sequence[PathLike], out: PathLike, *, replace: bool = False) -> Path:
+def write_comparison(folders: Sequence[PathLike], out: PathLike) -> Path:
     """Write one HTML page: accuracies side by side, differences to the first sample by sample, curves, classes, costs.
 
     Args:
         folders: at least two folders with an evaluation.json; the first is what the others are compared with.
-        out: the HTML file.
-        replace: overwrite `out` if it exists.
+        out: the HTML file, which must not exist.
 
     Raises:
         ValueError: fewer than two folders, one that is not evaluated yet, evaluations on other data, without a common
             attack, or with other settings under the same name.
-        FileExistsError: `out` exists and `replace` is false.
+        FileExistsError: `out` exists.
     """
     if len(folders) < 2:
         raise ValueError(f"folders must name at least two evaluations to compare, got {len(folders)}")
-    out = require_free(out, replace)
+    out = require_free(out)
     evaluated = open_evaluated(folders)
     columns = common_columns(evaluated)
     text = page.page(

@@ -15,7 +15,7 @@ from ceat_fast.evaluation.sanity import curve
 from ceat_fast.reports.canvas import COLOURS, Picture, canvas, legend, picture
 
 
-def accuracy_curves(results: Mapping[str, EvaluationResult], over: str, members: bool = True) -> Picture | None:
+def accuracy_curves(results: Mapping[str, EvaluationResult], over: str) -> Picture | None:
     """Accuracy over "eps" or "steps", with 95 % intervals for ensembles; None if no result has such a curve.
 
     With a single result its members are shown too, thin and grey.
@@ -25,7 +25,7 @@ def accuracy_curves(results: Mapping[str, EvaluationResult], over: str, members:
         return None
     figure, axis = canvas()
     for (label, (result, names)), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
-        for subject in result.subjects[1:] if members and len(curves) == 1 else []:
+        for subject in result.subjects[1:] if len(curves) == 1 else []:
             points = _points(result, names, subject, over)
             caption = "members" if subject == result.subjects[1] else None
             axis.plot([p[0] for p in points], [p[1] for p in points], color="#999", lw=0.9, label=caption)

@@ -52,7 +52,7 @@ def write_report(
     return out
 
 
-def require_free(out: PathLike, replace: bool) -> Path:
+def require_free(out: PathLike, replace: bool = False) -> Path:
     """The path of a file to write; makes its folder.
 
     Raises:
