@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ceat_fast.checks import require_number
 from ceat_fast.choices import require_choice
 from ceat_fast.ops import autograd, dispatch, reference
 from ceat_fast.ops.reference import PAIR_REDUCTIONS, REDUCTIONS, CeatParts, CeatSettings, ensemble_log_prob
@@ -290,10 +291,13 @@ def _make_settings(
     require_choice("pair_reduction", pair_reduction, PAIR_REDUCTIONS)
     require_choice("distance_reduction", distance_reduction, _DISTANCE_REDUCTIONS)
     require_choice("reduction", reduction, REDUCTIONS)
-    lam, mu = _nonnegative("lam", lam), _nonnegative("mu", mu)
-    nat_exponent = lam if lam_exponent is None else _nonnegative("lam_exponent", lam_exponent)
-    adv_exponent = mu if mu_exponent is None else _nonnegative("mu_exponent", mu_exponent)
-    cap = math.inf if max_weight is None else _nonnegative("max_weight", max_weight)
+    nat_exponent = lam if lam_exponent is None else lam_exponent
+    adv_exponent = mu if mu_exponent is None else mu_exponent
+    for name, value in (("lam", lam), ("mu", mu), ("lam_exponent", nat_exponent), ("mu_exponent", adv_exponent)):
+        require_number(name, value, 0)
+    if max_weight is not None:
+        require_number("max_weight", max_weight, 0)
+    cap = math.inf if max_weight is None else float(max_weight)
     if cap < 1:
         raise ValueError(f"max_weight must be at least 1, the weight of a sample without disparity, got {max_weight!r}")
     for name, coefficient, exponent in (("lam", lam, nat_exponent), ("mu", mu, adv_exponent)):
@@ -303,8 +307,8 @@ def _make_settings(
         ce_coefficient,
         lam * share,
         mu * share,
-        nat_exponent,
-        adv_exponent,
+        float(nat_exponent),
+        float(adv_exponent),
         cap,
         PAIR_REDUCTIONS.index(pair_reduction),
         REDUCTIONS.index(reduction),
@@ -313,14 +317,6 @@ def _make_settings(
 
 
 _cached_settings = lru_cache(maxsize=256)(_make_settings)
-
-
-def _nonnegative(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
-    return float(value)
 
 
 def _check_overflow(

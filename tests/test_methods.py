@@ -404,6 +404,15 @@ def test_bad_settings_are_refused_at_once(method: type[Method], settings: dict[s
         method(**settings)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(DVERGE, {"steps": 1.5}), (LAFED, {"steps": True}), (TRS, {"inner_steps": 2.0}), (ADP, {"beta": True})],
+)
+def test_settings_of_another_type_are_refused_at_once(method: type[Method], settings: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        method(**settings)
+
+
 @pytest.mark.parametrize("name", ["ADP", "GAL", "TRS", "DVERGE", "LAFED", "FASTEN"])
 def test_methods_that_compare_members_refuse_a_single_one(name: str) -> None:
     ensemble, batch = small_ensemble((2,))

@@ -118,8 +118,8 @@ def test_refuses_what_is_no_image():
     [
         ({"queries": 0}, "queries must be at least 1"),
         ({"queries": 65001}, "queries must be at most 65000"),
-        ({"p_init": 0.0}, "p_init must be above 0"),
-        ({"p_init": 1.1}, r"p_init must be in \[0, 1\]"),
+        ({"p_init": 0.0}, r"p_init must be in \(0, 1\]"),
+        ({"p_init": 1.1}, r"p_init must be in \(0, 1\]"),
         ({"restarts": 0}, "restarts must be at least 1"),
     ],
 )

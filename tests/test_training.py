@@ -351,7 +351,7 @@ def test_methods_without_a_cross_entropy_of_their_own_refuse_label_smoothing(nam
     path.write_text(f"method: {{class_path: {name}, init_args: {{label_smoothing: 0.1}}}}")
     with pytest.raises(ValueError, match="'label_smoothing' is not accepted"):
         load_config(path)
-    with pytest.raises(ValueError, match="label_smoothing must be at least 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
         EAT(label_smoothing=1.5)
 
 

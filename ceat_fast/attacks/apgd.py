@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks.ball import per_sample
-from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.geometry import project, random_direction, steepest
 from ceat_fast.attacks.objective import dlr
 from ceat_fast.attacks.outputs import Loss, answers, cross_entropy, gradient
-from ceat_fast.attacks.search_attack import SearchAttack, require_ints
+from ceat_fast.attacks.search_attack import SearchAttack
 from ceat_fast.attacks.targets import likely_wrong
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
+from ceat_fast.checks import require_ints, require_number
 from ceat_fast.choices import require_choice
 
 APGD_LOSSES = ("ce", "dlr", "dlr-targeted")

@@ -11,9 +11,10 @@ from ceat_fast.attacks.apgd import APGD
 from ceat_fast.attacks.fab import FAB
 from ceat_fast.attacks.reference_attacks import reference_attacks
 from ceat_fast.attacks.result import AttackResult, Observer
-from ceat_fast.attacks.search_attack import JudgedAttack, SearchAttack, require_ints
+from ceat_fast.attacks.search_attack import JudgedAttack, SearchAttack
 from ceat_fast.attacks.session import session
 from ceat_fast.attacks.square import Square
+from ceat_fast.checks import require_ints
 from ceat_fast.choices import require_choice
 
 VERSIONS = ("standard", "plus", "rand", "custom")

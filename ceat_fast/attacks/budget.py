@@ -1,4 +1,4 @@
-"""Numbers that an attack takes: radii as people write them (0.031, Fraction(8, 255) or "8/255"), and ranges."""
+"""Radii and step sizes as people write them: 0.031, Fraction(8, 255) or "8/255"."""
 
 from __future__ import annotations
 
@@ -28,15 +28,6 @@ def parse_budget(name: str, value: Budget) -> float:
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
     return number
-
-
-def require_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is finite and in [least, most]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and least <= value <= most):
-        allowed = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and at least {least:g}"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _number(text: str) -> float:

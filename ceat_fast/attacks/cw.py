@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.fixed_step import FixedStepAttack
 from ceat_fast.attacks.objective import Objective
+from ceat_fast.checks import require_number
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks.ball import per_sample
-from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.geometry import DUAL_ORDERS, NORM_ORDERS, length, random_direction
 from ceat_fast.attacks.outputs import answers, gradient, outputs, require_gradient
 from ceat_fast.attacks.projection import to_hyperplane
-from ceat_fast.attacks.search_attack import SearchAttack, require_ints
+from ceat_fast.attacks.search_attack import SearchAttack
 from ceat_fast.attacks.targets import likely_wrong
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
+from ceat_fast.checks import require_ints, require_number
 
 
 @dataclass(frozen=True)

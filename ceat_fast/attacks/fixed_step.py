@@ -24,6 +24,7 @@ from ceat_fast.attacks.cycles import MIN_STEPS, walk_to_cycles
 from ceat_fast.attacks.inputs import require_eval_mode, require_inputs
 from ceat_fast.attacks.noise import Noise
 from ceat_fast.attacks.objective import GOALS, LOSSES, Objective
+from ceat_fast.checks import require_ints
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble import PRECISIONS, Ensemble, frozen
 
@@ -75,12 +76,7 @@ class FixedStepAttack(ABC):
             raise ValueError(f"eps must be in [0, 1], got {self.eps!r}")
         if self.step_size == 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha!r}")
-        for name, least in (("steps", 0), ("restarts", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        require_ints(self, steps=0, restarts=1)
         _require_seed(self.seed)
         if self.restarts > 1 and not self._is_random:
             raise ValueError(f"restarts={self.restarts} without random_start would repeat one search")

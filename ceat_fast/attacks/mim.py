@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.diversity import resize_and_pad
 from ceat_fast.attacks.fixed_step import Direction, FixedStepAttack
 from ceat_fast.attacks.noise import Noise
+from ceat_fast.checks import require_number
 
 
 @dataclass(frozen=True)

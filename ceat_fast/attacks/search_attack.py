@@ -14,6 +14,7 @@ from ceat_fast.attacks.geometry import NORM_ORDERS
 from ceat_fast.attacks.result import AttackResult, Observer
 from ceat_fast.attacks.session import session
 from ceat_fast.attacks.worklist import Search
+from ceat_fast.checks import require_ints
 from ceat_fast.choices import require_choice
 
 PRECISIONS = ("fp32", "mixed")
@@ -117,13 +118,3 @@ class SearchAttack(JudgedAttack):
             current.attack(self)
         current.warn()
         return current.result
-
-
-def require_ints(settings: object, **least: int | None) -> None:
-    """Raise TypeError unless these fields are ints, ValueError where one is below its least value."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if bound is not None and value < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {value}")

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks.ball import per_sample, unit_l2
-from ceat_fast.attacks.budget import require_number
 from ceat_fast.attacks.noise import keyed_uniform
 from ceat_fast.attacks.outputs import answers
-from ceat_fast.attacks.search_attack import SearchAttack, require_ints
+from ceat_fast.attacks.search_attack import SearchAttack
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
+from ceat_fast.checks import require_ints, require_number
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _MOST_QUERIES = 65_000
@@ -58,9 +58,7 @@ class Square(SearchAttack):
         require_ints(self, queries=1, restarts=1)
         if self.queries > _MOST_QUERIES:
             raise ValueError(f"queries must be at most {_MOST_QUERIES}, got {self.queries}")
-        require_number("p_init", self.p_init, 0, 1)
-        if self.p_init == 0:
-            raise ValueError("p_init must be above 0, got 0")
+        require_number("p_init", self.p_init, 0, 1, above=True)
 
     @property
     def name(self) -> str:

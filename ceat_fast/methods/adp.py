@@ -23,10 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ceat_fast.checks import require_number
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.loss import ensemble_log_prob
 from ceat_fast.methods.base import Batch, Method, StepOutput
-from ceat_fast.methods.checks import require_number
 from ceat_fast.methods.terms import cross_entropy, widened
 
 OFFSET = 1e-6

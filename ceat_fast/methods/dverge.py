@@ -25,41 +25,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ceat_fast.checks import require_number
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods.base import Attack, Batch, StepOutput
-from ceat_fast.methods.checks import require_number
+from ceat_fast.methods.base import Batch, StepOutput
 from ceat_fast.methods.terms import cross_entropy
-from ceat_fast.methods.vulnerable import FeatureMethod, distill
+from ceat_fast.methods.vulnerable import DistillingMethod
 
 
 @dataclass
-class DVERGE(FeatureMethod):
+class DVERGE(DistillingMethod):
     """Cross-entropy on the other members' distilled inputs and on the member's own adversarial input.
 
     Args:
-        eps: radius of the distillation, in [0, 1].
-        alpha: its step size, above 0.
-        steps: its steps, at least 1.
         distillation: coefficient of the cross-entropy on distilled inputs, >= 0.
     """
 
-    eps: float = 0.07
-    alpha: float = 0.007
-    steps: int = 10
     distillation: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("eps", self.eps, 0, 1)
-        require_number("alpha", self.alpha, 0, open_low=True)
-        require_number("steps", self.steps, 1)
         require_number("distillation", self.distillation, 0)
-
-    def perturb(self, attack: Attack, ensemble: Ensemble, batch: Batch) -> Tensor:
-        """(2, M, B, ...): each member's adversarial input, and what is distilled from each member."""
-        layers = self.draw_layers(ensemble)
-        distilled = distill(ensemble, layers, batch.images, eps=self.eps, alpha=self.alpha, steps=self.steps)
-        return torch.stack([super().perturb(attack, ensemble, batch), distilled])
 
     def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
         adversarial, distilled = adversarial

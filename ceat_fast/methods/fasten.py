@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from ceat_fast.attacks import keyed_uniform
+from ceat_fast.checks import require_number
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.methods.base import Attack, Batch, StepOutput
-from ceat_fast.methods.checks import require_number
 from ceat_fast.methods.terms import cross_entropy, divergence, widened
 from ceat_fast.methods.vulnerable import FeatureMethod, search_features
 
@@ -63,7 +63,7 @@ class FASTEN(FeatureMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("eps", self.eps, 0, 1, open_low=True)
+        require_number("eps", self.eps, 0, 1, above=True)
         require_number("adversarial", self.adversarial, 0)
         require_number("consistency", self.consistency, 0)
         require_number("diversity", self.diversity, 0)

@@ -29,45 +29,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ceat_fast.checks import require_number
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods.base import Attack, Batch, StepOutput
-from ceat_fast.methods.checks import require_number
+from ceat_fast.methods.base import Batch, StepOutput
 from ceat_fast.methods.features import features, replaced_output
 from ceat_fast.methods.terms import cross_entropy, widened
-from ceat_fast.methods.vulnerable import FeatureMethod, distill
+from ceat_fast.methods.vulnerable import DistillingMethod
 
 
 @dataclass
-class LAFED(FeatureMethod):
+class LAFED(DistillingMethod):
     """Smoothed cross-entropy on mixed features of the peers' inputs, and cross-entropy on the own adversarial input.
 
     Args:
-        eps: radius of the distillation, in [0, 1].
-        alpha: its step size, above 0.
-        steps: its steps, at least 1.
         smoothing: label smoothing per level, >= 0; the last of M members has M - 1 levels.
         diversification: coefficient of the loss on mixed features, >= 0.
     """
 
-    eps: float = 0.07
-    alpha: float = 0.007
-    steps: int = 10
     smoothing: float = 0.1
     diversification: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("eps", self.eps, 0, 1)
-        require_number("alpha", self.alpha, 0, open_low=True)
-        require_number("steps", self.steps, 1)
         require_number("smoothing", self.smoothing, 0)
         require_number("diversification", self.diversification, 0)
-
-    def perturb(self, attack: Attack, ensemble: Ensemble, batch: Batch) -> Tensor:
-        """(2, M, B, ...): each member's adversarial input, and what is distilled from each member."""
-        layers = self.draw_layers(ensemble)
-        distilled = distill(ensemble, layers, batch.images, eps=self.eps, alpha=self.alpha, steps=self.steps)
-        return torch.stack([super().perturb(attack, ensemble, batch), distilled])
 
     def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
         adversarial, distilled = adversarial

@@ -18,9 +18,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from ceat_fast.checks import require_number
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.methods.base import Batch, Method, StepOutput
-from ceat_fast.methods.checks import require_number
 from ceat_fast.methods.terms import widened
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ceat_fast.checks import require_number
 from ceat_fast.methods.base import Method
-from ceat_fast.methods.checks import require_number
 from ceat_fast.methods.terms import widened
 
 

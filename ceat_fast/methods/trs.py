@@ -27,9 +27,9 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from ceat_fast.checks import require_ints, require_number
 from ceat_fast.ensemble import Ensemble, frozen
 from ceat_fast.methods.base import Attack, Batch, Epoch, Method, StepOutput
-from ceat_fast.methods.checks import require_number
 from ceat_fast.methods.terms import cosines, cross_entropy, input_gradients
 from ceat_fast.ops import dispatch
 
@@ -59,7 +59,7 @@ class TRS(Method):
         require_number("smoothness", self.smoothness, 0)
         require_number("first_delta", self.first_delta, 0, 1)
         require_number("last_delta", self.last_delta, 0, 1)
-        require_number("inner_steps", self.inner_steps, 1)
+        require_ints(self, inner_steps=1)
         self._delta = self.first_delta
 
     def begin_epoch(self, epoch: Epoch) -> None:

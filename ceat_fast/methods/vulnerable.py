@@ -18,9 +18,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from ceat_fast.checks import require_ints, require_number
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble import Ensemble, frozen
-from ceat_fast.methods.base import Epoch, Method
+from ceat_fast.methods.base import Attack, Batch, Epoch, Method
 from ceat_fast.methods.features import MemberFeatures, layers_at
 from ceat_fast.ops import dispatch
 
@@ -69,6 +70,33 @@ class FeatureMethod(Method):
         depth = random.Random(self.epoch.seed).random() if self.redraw == "epoch" else torch.rand(()).item()
         self.drawn_layers = layers_at(list(ensemble.members), depth, self.layers)
         return self.drawn_layers
+
+
+@dataclass
+class DistillingMethod(FeatureMethod):
+    """Base of the methods that train on what is distilled from each member.
+
+    Args:
+        eps: radius of the distillation, in [0, 1].
+        alpha: its step size, above 0.
+        steps: its steps, at least 1.
+    """
+
+    eps: float = 0.07
+    alpha: float = 0.007
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("eps", self.eps, 0, 1)
+        require_number("alpha", self.alpha, 0, above=True)
+        require_ints(self, steps=1)
+
+    def perturb(self, attack: Attack, ensemble: Ensemble, batch: Batch) -> Tensor:
+        """(2, M, B, ...): each member's adversarial input, and what is distilled from each member."""
+        layers = self.draw_layers(ensemble)
+        distilled = distill(ensemble, layers, batch.images, eps=self.eps, alpha=self.alpha, steps=self.steps)
+        return torch.stack([super().perturb(attack, ensemble, batch), distilled])
 
 
 def search_features(
