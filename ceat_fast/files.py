@@ -31,6 +31,19 @@ def write_json(path: PathLike, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def require_free(out: PathLike, replace: bool = False) -> Path:
+    """The path of a file to write; makes its folder.
+
+    Raises:
+        FileExistsError: it exists and may not be replaced.
+    """
+    path = Path(out)
+    if path.exists() and not replace:
+        raise FileExistsError(f"out={os.fspath(out)!r} exists; choose another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_folder(path: PathLike, fill: Callable[[Path], None]) -> None:
     """Create the folder `path` with what `fill(folder)` writes into it, visible only once complete.
 

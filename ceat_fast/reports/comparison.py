@@ -10,10 +10,9 @@ import torch
 
 from ceat_fast.evaluation import CLEAN
 from ceat_fast.evaluation.fingerprint import differences
-from ceat_fast.files import PathLike, write_atomic
+from ceat_fast.files import PathLike, require_free, write_atomic
 from ceat_fast.reports import figures, page, sections
 from ceat_fast.reports.evaluated import Evaluated, open_evaluated
-from ceat_fast.reports.report import require_free, training
 from ceat_fast.reports.statistics import main_columns, paired_difference
 from ceat_fast.training.config import config_to_dict
 
@@ -45,7 +44,7 @@ def write_comparison(folders: Sequence[PathLike], out: PathLike) -> Path:
         _members(evaluated, columns),
         sections.sanity(evaluated),
         sections.cost(evaluated),
-        training(evaluated),
+        sections.training(evaluated),
         _settings(evaluated),
     )
     write_atomic(out, text.encode())

@@ -1,7 +1,8 @@
-"""The parts of the page about evaluations."""
+"""The parts of the pages about evaluations."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,12 @@ from torch import Tensor
 
 from ceat_fast.evaluation import CLEAN, EvaluationResult, Score
 from ceat_fast.evaluation.result import NOT_RUN, OK
-from ceat_fast.reports import figures, page
+from ceat_fast.reports import figures, page, training_figures
 from ceat_fast.reports.canvas import Picture
 from ceat_fast.reports.evaluated import Evaluated
-from ceat_fast.reports.statistics import class_accuracies, main_columns, strongest, worst_case
-from ceat_fast.reports.tables import percent
+from ceat_fast.reports.statistics import WORST, class_accuracies, main_columns, strongest, worst_case
+from ceat_fast.training.config import config_to_yaml
 
-WORST = "worst of these"
 MOST_CLASSES = 20  # that a heat map shows; of more, those with the lowest accuracy
 _NOT_SETTINGS = ("attack", "eps", "eps_as_given", "eps_255", "alpha", "alpha_as_given", "seed")
 
@@ -26,7 +26,7 @@ def summary(evaluated: Sequence[Evaluated]) -> str:
     parts = []
     for one in evaluated:
         result = one.result
-        tiles = {name: _tile(result.score(result.main_subject, name)) for name in main_columns(result)}
+        tiles = {name: accuracy_cell(result.score(result.main_subject, name)) for name in main_columns(result)}
         flags = len(result.flags)
         ran = sum(check.outcome != NOT_RUN for check in result.checks)
         tiles["sanity"] = (f"{flags} flag{'' if flags == 1 else 's'}", f"{ran} checks ran")
@@ -217,6 +217,41 @@ def cost(evaluated: Sequence[Evaluated]) -> str:
     return page.section("Time and passes", labelled_table(caption, header, evaluated, groups, 1), *parts)
 
 
+def training(evaluated: Sequence[Evaluated]) -> str:
+    """Curves over the epochs, for runs that recorded any; empty without."""
+    records = {one.label: one.run.metrics for one in evaluated if one.run is not None and one.run.metrics}
+    if not records:
+        return ""
+    names = ", ".join(records)
+    parts = [_pictures(training_figures.training_curves(records), f"Line chart over the epochs for {names}")]
+    note = "The losses of different methods have different terms; cross-entropy and accuracy can be compared."
+    parts.append(page.paragraph(note, "soft"))
+    if maps := training_figures.disparity_maps(records):
+        note = "How far apart the peers' true-class probabilities are. 0: they agree; 1: one is sure, one is wrong."
+        parts += [page.subsection("Disparity of the peers"), _pictures(maps, "Heat map"), page.paragraph(note, "soft")]
+    if weights := training_figures.weight_curves(records):
+        note = "The exponential weights of the calibrated distances, mean and largest of each epoch."
+        parts += [page.subsection("Weights"), _pictures(weights, "Line chart"), page.paragraph(note, "soft")]
+    return page.section("Training", *parts)
+
+
+def settings(evaluated: Sequence[Evaluated]) -> str:
+    """Everything that the numbers depend on, folded."""
+    parts = []
+    for one in evaluated:
+        about = {"about": one.result.about, "attacks": {n: one.result.settings(n) for n in one.result.attacks}}
+        parts.append(page.details(f"Evaluation of {one.label}", json.dumps(about, indent=2)))
+        environment = {"evaluation": one.result.environment}
+        if one.run is not None:
+            metrics = one.run.metrics
+            seconds = sum(record["seconds"] for record in metrics)
+            parts.append(page.paragraph(f"{one.label}: {len(metrics)} epochs in {seconds:,.0f} s of training."))
+            parts.append(page.details(f"Settings of {one.label}", config_to_yaml(one.run.config)))
+            environment["training"] = json.loads(one.run.environment_path.read_text())
+        parts.append(page.details(f"Versions and hardware of {one.label}", json.dumps(environment, indent=2)))
+    return page.section("Settings", *parts)
+
+
 def _stages(label: str, attack: str, found_by: Mapping[str, Mapping[str, int]]) -> list[str]:
     if not found_by:
         return []
@@ -258,11 +293,11 @@ def _budget(settings: Mapping[str, Any], name: str) -> page.Cell:
     return "-" if value is None else (settings[f"{name}_as_given"], f"{value * 255:.4g}/255")
 
 
-def accuracy_cell(score: Score) -> page.Cell:
+def accuracy_cell(score: Score) -> tuple[str, str]:
     """Accuracy in percent, with its interval below."""
     low, high = score.interval
     return f"{100 * score.accuracy:.1f}", f"{100 * low:.1f}-{100 * high:.1f}"
 
 
-def _tile(score: Score) -> tuple[str, str]:
-    return f"{100 * score.accuracy:.1f}", percent(score.accuracy, *score.interval).partition(" ")[2].strip("()")
+def _pictures(pictures: dict[str, Picture], alt: str) -> str:
+    return page.row(*(page.figure(picture, f"{alt}: {title}.") for title, picture in pictures.items()))

@@ -11,6 +11,8 @@ from torch import Tensor
 from ceat_fast.evaluation import CLEAN, EvaluationResult, Score
 from ceat_fast.evaluation.sanity import curve
 
+WORST = "worst of these"
+
 
 class PairedDifference(NamedTuple):
     """Two models on the same samples."""
@@ -68,7 +70,7 @@ def worst_case(result: EvaluationResult, subject: str) -> Score | None:
     prediction, margin, norm = (
         picked([getattr(score, name) for score in scores]) for name in ("prediction", "margin", "norm")
     )
-    return Score(subject, "worst of these", correct, prediction, margin, norm)
+    return Score(subject, WORST, correct, prediction, margin, norm)
 
 
 def class_accuracies(score: Score, labels: Tensor) -> dict[int, tuple[int, int]]:
