@@ -20,7 +20,6 @@ from ceat_fast.evaluation import (
 )
 from ceat_fast.evaluation.fingerprint import describe_attack
 from ceat_fast.evaluation.protocol import EvaluationConfig, columns
-from ceat_fast.evaluation.transfer import surrogate_attacks
 from ceat_fast.evaluation.transfer_result import ALL
 from ceat_fast.training import Run, TrainConfig
 from ceat_fast.training.checkpoint import checkpoints
@@ -104,14 +103,7 @@ class BlackBox(Judgement):
 
     def judge(self, run: Run, config: TrainConfig) -> dict[str, float]:
         """Under the name "black box"."""
-        attacks = surrogate_attacks(
-            self.config.eps,
-            self.config.alpha,
-            steps=self.config.surrogate_steps,
-            restarts=self.config.surrogate_restarts,
-            seed=self.config.seed,
-            precision=self.config.precision,
-        )
+        attacks = self.config.surrogate_attacks()
         wanted = {name: describe_attack(attack) for name, attack in attacks.items()}
 
         def fits(result: BlackBoxResult) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ceat_fast.files import remove_folder, write_folder
+from ceat_fast.files import remove_folder, write_atomic, write_folder
 
 FORMAT, VERSION = "ceat_fast checkpoint", 2
 WEIGHTS, AVERAGE, STATE, MANIFEST = "weights.safetensors", "average.safetensors", "state.pt", "manifest.json"
@@ -69,10 +68,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, kind: str =
 
     def fill(temporary: Path) -> None:
         for name, data in contents.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_atomic(temporary / name, data)
 
     try:
         write_folder(path, fill)
