@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ceat_fast.attacks.ball import per_sample
 from ceat_fast.attacks.geometry import project, random_direction, steepest
+from ceat_fast.attacks.noise import name_key
 from ceat_fast.attacks.objective import dlr
 from ceat_fast.attacks.outputs import Loss, answers, cross_entropy, gradient
 from ceat_fast.attacks.search_attack import SearchAttack
@@ -36,8 +37,7 @@ from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
 from ceat_fast.checks import require_ints, require_number
 from ceat_fast.choices import require_choice
 
-APGD_LOSSES = ("ce", "dlr", "dlr-targeted")
-_NAMES = {"ce": "apgd-ce", "dlr": "apgd-dlr", "dlr-targeted": "apgd-t"}
+NAMES = {"ce": "apgd-ce", "dlr": "apgd-dlr", "dlr-targeted": "apgd-t"}
 _MOMENTUM = 0.75
 
 
@@ -65,13 +65,13 @@ class APGD(SearchAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("loss", self.loss, APGD_LOSSES)
+        require_choice("loss", self.loss, NAMES)
         require_ints(self, steps=1, restarts=1, targets=1, eot=1)
         require_number("rho", self.rho, 0, 1)
 
     @property
     def name(self) -> str:
-        return _NAMES[self.loss]
+        return NAMES[self.loss]
 
     def search(self, view: nn.Module, slack: float, classes: int) -> APGDSearch:
         return APGDSearch(self, view, slack, classes)
@@ -108,7 +108,7 @@ class APGDSearch(Search[APGDRows]):
         self._allowed = torch.full((self.steps,), -1)
         for checkpoint, period in zip(accumulate(periods), periods, strict=True):
             self._allowed[checkpoint] = int(settings.rho * period)
-        self._purpose = (settings.seed, int.from_bytes(settings.name.encode(), "big"))
+        self._purpose = (settings.seed, name_key(settings.name))
         self._without_gradient: Tensor | int = 0
 
     def begin(self, start: Start) -> APGDRows:

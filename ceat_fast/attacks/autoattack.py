@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ceat_fast.attacks.apgd import APGD
+from ceat_fast.attacks.apgd import APGD, NAMES
 from ceat_fast.attacks.fab import FAB
 from ceat_fast.attacks.reference_attacks import reference_attacks
 from ceat_fast.attacks.result import AttackResult, Observer
@@ -28,7 +28,7 @@ _SEQUENCES = {
 _RESTARTED = ("apgd-ce", "apgd-dlr", "fab")  # the attacks that version "plus" restarts
 _PLUS_RESTARTS = 5
 _RAND_EOT = 20
-_APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
+_APGD_LOSSES = {name: loss for loss, name in NAMES.items()}
 _SURPRISE = 0.002  # a loss of accuracy to Square after other attacks that casts doubt on the gradients
 
 

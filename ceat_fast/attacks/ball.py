@@ -17,6 +17,7 @@ from torch import Tensor
 from ceat_fast.ops import dispatch, reference
 
 NORMS = ("Linf", "L2")
+LEAST = torch.finfo(torch.float32).tiny  # what is divided by is at least this
 Uniform = Callable[[int], Tensor]  # n -> (B, n) numbers in [0, 1)
 
 
@@ -95,11 +96,10 @@ class L2Ball(Ball):
 
     def _project(self, delta: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(delta, dim=self._dims, keepdim=True)
-        return (self.center + delta * (self._radii / norm.clamp(min=_LEAST)).clamp(max=1)).clamp(0, 1)
+        return (self.center + delta * (self._radii / norm.clamp(min=LEAST)).clamp(max=1)).clamp(0, 1)
 
 
 _BALLS: dict[str, type[Ball]] = {"Linf": LinfBall, "L2": L2Ball}
-_LEAST = torch.finfo(torch.float32).tiny
 
 
 def ball(norm: str, center: Tensor, radius: float | Tensor, sample_dims: int) -> Ball:
@@ -117,6 +117,6 @@ def unit_l2(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     Divided by the largest entry first: the squares of a confident model's gradient underflow.
     """
-    scaled = tensor / tensor.abs().amax(dims, keepdim=True).clamp(min=_LEAST)
+    scaled = tensor / tensor.abs().amax(dims, keepdim=True).clamp(min=LEAST)
     norm: Tensor = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
-    return scaled / norm.clamp(min=_LEAST)
+    return scaled / norm.clamp(min=LEAST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +12,8 @@ from ceat_fast.ensemble.graphs import beside, capture
 
 _WARM_UPS = 2
 
-
-class Search(Protocol):
-    """All steps of an attack, from inputs that lie on the device: (x, y, index, seed ()) -> x_adv."""
-
-    def __call__(self, x: Tensor, y: Tensor, index: Tensor, seed: Tensor) -> Tensor: ...
+# All steps of an attack, from inputs that lie on the device: (x, y, index, seed ()) -> x_adv.
+Steps = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def can_capture(view: object, x: Tensor) -> bool:
@@ -33,7 +29,7 @@ class CapturedSearch:
     The view's weights may change in place in between: a graph reads them where they lie.
     """
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Steps) -> None:
         self._search = search
         self._warm_ups = 0
         self._places: tuple[Tensor, ...] = ()

@@ -19,8 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ceat_fast.attacks.ball import per_sample
+from ceat_fast.attacks.ball import LEAST, per_sample
 from ceat_fast.attacks.geometry import DUAL_ORDERS, NORM_ORDERS, length, random_direction
+from ceat_fast.attacks.noise import name_key
 from ceat_fast.attacks.outputs import answers, gradient, outputs, require_gradient
 from ceat_fast.attacks.projection import to_hyperplane
 from ceat_fast.attacks.search_attack import SearchAttack
@@ -86,7 +87,7 @@ class FABSearch(Search[FABRows]):
         self._classes = classes
         # The backward pass of a compiled module frees what a second one would need.
         self._is_compiled = any(hasattr(module, "_orig_mod") for module in view.modules())
-        self._purpose = (settings.seed, int.from_bytes(settings.name.encode(), "big"))
+        self._purpose = (settings.seed, name_key(settings.name))
 
     def begin(self, start: Start) -> FABRows:
         point, restart = start.x, start.run % self.settings.restarts
@@ -119,7 +120,7 @@ class FABSearch(Search[FABRows]):
         shortest = torch.full_like(rows.eps, torch.inf)
         nearest_gap, nearest_grad = torch.zeros_like(rows.eps), torch.zeros_like(rows.x)
         for number, (gap, grad) in enumerate(self._boundaries(rows)):
-            distance = gap.abs() / length(grad, DUAL_ORDERS[self.settings.norm]).clamp(min=_LEAST)
+            distance = gap.abs() / length(grad, DUAL_ORDERS[self.settings.norm]).clamp(min=LEAST)
             nearer = (distance < shortest) & (rows.y != number)
             shortest = torch.where(nearer, distance, shortest)
             nearest_gap = torch.where(nearer, gap, nearest_gap)
@@ -170,6 +171,3 @@ class FABSearch(Search[FABRows]):
 def _gap(logits: Tensor, target: Tensor, label: Tensor) -> Tensor:
     """z_target - z_label: (n, K), (n,), (n,) -> (n,)."""
     return (logits.gather(1, target[:, None]) - logits.gather(1, label[:, None])).squeeze(1)
-
-
-_LEAST = torch.finfo(torch.float32).tiny

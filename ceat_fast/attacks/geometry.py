@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ceat_fast.attacks.ball import per_sample, unit_l2
+from ceat_fast.attacks.ball import LEAST, per_sample, unit_l2
 from ceat_fast.attacks.noise import keyed_uniform
 
 NORM_ORDERS = {"Linf": math.inf, "L2": 2.0}
@@ -30,7 +30,7 @@ def project(points: Tensor, center: Tensor, eps: Tensor, norm: str) -> Tensor:
         return points.clamp(center - radius, center + radius).clamp(0, 1)
     delta = points - center
     distance = per_sample(length(delta, 2.0), points.dim() - 1)
-    return (center + delta * (radius / distance.clamp(min=_LEAST)).clamp(max=1)).clamp(0, 1)
+    return (center + delta * (radius / distance.clamp(min=LEAST)).clamp(max=1)).clamp(0, 1)
 
 
 def steepest(grad: Tensor, norm: str) -> Tensor:
@@ -46,11 +46,8 @@ def random_direction(key: Tensor, purpose: tuple[int, ...], like: Tensor, norm: 
     shape = like.shape[1:]
     if norm == "Linf":
         cube = 2 * keyed_uniform(key, shape, purpose, like.dtype) - 1
-        return cube / per_sample(length(cube, math.inf), len(shape)).clamp(min=_LEAST)
+        return cube / per_sample(length(cube, math.inf), len(shape)).clamp(min=LEAST)
     # Box and Muller; 1 - u is above 0.
     radial, angular = keyed_uniform(key, (2, *shape), purpose, like.dtype).unbind(1)
     normal = (-2 * (1 - radial).log()).sqrt() * (2 * math.pi * angular).cos()
     return unit_l2(normal, tuple(range(1, like.dim())))
-
-
-_LEAST = torch.finfo(torch.float32).tiny

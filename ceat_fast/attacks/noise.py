@@ -24,6 +24,11 @@ _FACTOR_1 = _signed(0xBF58476D1CE4E5B9)
 _FACTOR_2 = _signed(0x94D049BB133111EB)
 
 
+def name_key(name: str) -> int:
+    """A name as a part of a key."""
+    return int.from_bytes(name.encode(), "big")
+
+
 def _mix(state: Tensor) -> Tensor:
     """The output function of splitmix64 on int64; `&` clears the sign bits that an arithmetic shift brings in."""
     state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * _FACTOR_1
@@ -64,7 +69,7 @@ class Noise:
         self, seed: int | Tensor | None, attack: str, index: Tensor | None, restarts: int, like: Tensor
     ) -> None:
         self._seed = seed
-        self._attack = int.from_bytes(attack.encode(), "big")
+        self._attack = name_key(attack)
         self._index = torch.arange(len(like), device=like.device) if index is None else index.to(like.device)
         self._restarts = restarts
         self._like = like

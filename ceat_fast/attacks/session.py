@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +21,13 @@ from ceat_fast.attacks.worklist import Ended, Samples, Search, Verdict, WorkList
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.ensemble.frozen import frozen, resolve_precision
 
+if TYPE_CHECKING:
+    from ceat_fast.attacks.search_attack import JudgedAttack, SearchAttack
+
 _SLACK = 2.0**-7  # two units in the last place of bfloat16
 _BATCH_SIZES = {"cpu": 250, "cuda": 1024}
 _HEARTBEAT = 1.0  # seconds after which an observer hears of an attack under way
 _REPETITIONS, _MOST_DRIFT = 5, 1e-4  # of the check for random answers, as in AutoAttack
-
-
-class Settings(Protocol):
-    """What a session needs to know of an attack."""
-
-    @property
-    def norm(self) -> str: ...
-    @property
-    def radius(self) -> float: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def batch_size(self) -> int | None: ...
-
-
-class Searching(Protocol):
-    """An attack that a session can run."""
-
-    @property
-    def name(self) -> str: ...
-    def search(self, view: nn.Module, slack: float, classes: int) -> Search[Any]: ...
 
 
 class Session:
@@ -54,9 +36,9 @@ class Session:
     Args:
         judge: the model as given; its answers are the verdicts.
         view: the frozen model to search with.
-        precision: what the view computes in.
-        samples: without outputs.
+        x, y, index, eps: inputs, labels, what keys the noise, and radii.
         settings: norm, precision and batch size.
+        precision: what the view computes in.
         observer: see `SearchAttack.run`.
     """
 
@@ -64,8 +46,11 @@ class Session:
         self,
         judge: nn.Module,
         view: nn.Module,
-        samples: Samples,
-        settings: Settings,
+        x: Tensor,  # (B, ...)
+        y: Tensor,  # (B,)
+        index: Tensor,  # (B,) int64
+        eps: Tensor,  # (B,)
+        settings: JudgedAttack,
         precision: str,
         observer: Observer | None,
     ) -> None:
@@ -76,10 +61,9 @@ class Session:
         self._observer = observer
         self._told = began
         self._slack = 0.0 if precision == "fp32" else _SLACK
-        x, y = samples.x, samples.y
         self._batch_size = settings.batch_size or _BATCH_SIZES.get(x.device.type, _BATCH_SIZES["cpu"])
         clean = self._clean_outputs(x, y)
-        self._samples = samples._replace(clean=clean)
+        self._samples = Samples(x, y, index, eps, clean)
         prediction = clean.argmax(1)
         fooled = prediction != y
         ones = torch.ones_like(y)
@@ -90,7 +74,7 @@ class Session:
             fooled_by=torch.where(fooled, 0, -1),
             prediction=prediction,
             margin=margin(clean, y),
-            norm=torch.zeros_like(samples.eps),
+            norm=torch.zeros_like(eps),
             forwards=ones,
             backwards=torch.zeros_like(ones),
             seconds={CLEAN: time.perf_counter() - began},
@@ -102,7 +86,7 @@ class Session:
         if len(x):
             self._notify(CLEAN, torch.arange(len(x), device=x.device))
 
-    def attack(self, *attacks: Searching) -> None:
+    def attack(self, *attacks: SearchAttack) -> None:
         """Attack the samples that are still robust, by one attack after the other; adds to the result."""
         searches = [attack.search(self._view, self._slack, self._samples.clean.shape[1]) for attack in attacks]
         weights = [search.cost * search.runs * search.steps for search in searches]
@@ -199,7 +183,7 @@ class Session:
 
 @contextmanager
 def session(
-    settings: Settings,
+    settings: JudgedAttack,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -216,7 +200,7 @@ def session(
         radii = torch.full_like(y, settings.radius, dtype=x.dtype) if eps is None else eps.detach().to(x)
         precision = resolve_precision("fp32" if settings.precision == "fp32" else "auto", model)
         with frozen(model, precision) as view, _replaying(view, x.device):
-            yield Session(model, view, Samples(x, y, index, radii, x), settings, precision, observer)
+            yield Session(model, view, x, y, index, radii, settings, precision, observer)
 
 
 def _replaying(view: nn.Module, device: torch.device) -> AbstractContextManager[None]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks.ball import per_sample, unit_l2
-from ceat_fast.attacks.noise import keyed_uniform
+from ceat_fast.attacks.noise import keyed_uniform, name_key
 from ceat_fast.attacks.outputs import answers
 from ceat_fast.attacks.search_attack import SearchAttack
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
@@ -90,7 +90,7 @@ class SquareSearch(Search[SquareRows]):
         self.settings = settings
         self.runs = settings.restarts
         self.steps = settings.queries + 1
-        self._purpose = (settings.seed, int.from_bytes(settings.name.encode(), "big"))
+        self._purpose = (settings.seed, name_key(settings.name))
         self._sides: Tensor | None = None
 
     @abstractmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ceat_fast.attacks.result import CLEAN
 from ceat_fast.evaluation.adversarials import load_adversarials
 from ceat_fast.evaluation.examples import Examples
 from ceat_fast.evaluation.journal import JournalMismatchError
-from ceat_fast.evaluation.result import CLEAN, Check, EvaluationResult, Score, wilson_interval
+from ceat_fast.evaluation.result import Check, EvaluationResult, Score, wilson_interval
 from ceat_fast.evaluation.runs import evaluate_run
 from ceat_fast.evaluation.session import evaluate
 from ceat_fast.evaluation.transfer import black_box, surrogate_attacks, transferability

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks import PGD, keyed_uniform
+from ceat_fast.attacks.noise import name_key
 from ceat_fast.attacks.objective import Objective
 from ceat_fast.ensemble import Ensemble, frozen
 from ceat_fast.evaluation.result import FLAG, NOT_RUN, OK, Check
@@ -23,7 +24,7 @@ _FORWARDS = 4  # repetitions of the same forward pass
 _SPREAD = 1e-4  # of logits scaled to length 1, as AutoAttack tolerates
 _BATCH_SPREAD = 1e-3  # other batch sizes round differently
 _NOISE_DRAWS = 20
-_NOISE_KEY = int.from_bytes(b"corner", "big")
+_NOISE_KEY = name_key("corner")
 
 MASKED = "gradients may be masked: add AutoAttack, more steps, restarts and the margin loss, and do not quote PGD alone"
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ceat_fast.attacks.result import CLEAN
 from ceat_fast.environment import describe_environment
 from ceat_fast.evaluation.examples import Examples
 from ceat_fast.files import PathLike, write_json
 
-CLEAN = "clean"
 OK, FLAG, NOT_RUN = "ok", "flag", "not run"
 
 

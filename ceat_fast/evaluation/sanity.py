@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ceat_fast.attacks import PGD
+from ceat_fast.attacks.result import CLEAN
 from ceat_fast.evaluation.probes import MASKED, Probe, tolerance
-from ceat_fast.evaluation.result import CLEAN, FLAG, NOT_RUN, OK, Check, EvaluationResult, Score
+from ceat_fast.evaluation.result import FLAG, NOT_RUN, OK, Check, EvaluationResult, Score
 
 PGD_GAP = 0.10  # AutoAttack below PGD-20 by more than this is rare for models whose gradients are honest
 _SQUARE_GAIN = 0.002  # AutoAttack's own threshold

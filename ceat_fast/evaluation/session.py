@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from ceat_fast.attacks import PGD
 from ceat_fast.attacks.fixed_step import FixedStepAttack
+from ceat_fast.attacks.result import CLEAN
 from ceat_fast.evaluation.adversarials import AdversarialStore
 from ceat_fast.evaluation.examples import Examples
 from ceat_fast.evaluation.fingerprint import describe_attack, identity
 from ceat_fast.evaluation.journal import Journal
 from ceat_fast.evaluation.progress import EvaluationProgress
-from ceat_fast.evaluation.result import CLEAN, EvaluationResult
+from ceat_fast.evaluation.result import EvaluationResult
 from ceat_fast.evaluation.sanity import check_scores, probe_model
 from ceat_fast.evaluation.shards import Shard, current_shard
 from ceat_fast.evaluation.table import VerdictTable

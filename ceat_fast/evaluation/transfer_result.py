@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ceat_fast.attacks.result import CLEAN
 from ceat_fast.environment import describe_environment
-from ceat_fast.evaluation.result import CLEAN, wilson_interval
+from ceat_fast.evaluation.result import wilson_interval
 from ceat_fast.files import PathLike, write_json
 
 ALL = "all"  # the row of samples that withstand everything
