@@ -127,7 +127,7 @@ class EvaluationResult:
                 "total": len(score.correct),
                 "accuracy": score.accuracy,
                 "interval_95": list(score.interval),
-                "verdicts": "".join("01"[flag] for flag in score.correct.tolist()),
+                "verdicts": join_flags(score.correct),
                 "predictions": _join(score.prediction.tolist()),
                 "margins": _join(f"{value:.5g}" for value in score.margin.tolist()),
                 "norms": _join(f"{value:.5g}" for value in score.norm.tolist()),
@@ -150,7 +150,7 @@ class EvaluationResult:
             Score(
                 s["subject"],
                 s["attack"],
-                torch.tensor([flag == "1" for flag in s["verdicts"]], dtype=torch.bool),
+                split_flags(s["verdicts"]),
                 _split(s["predictions"], torch.int64),
                 _split(s["margins"], torch.float32),
                 _split(s["norms"], torch.float32),
@@ -197,6 +197,16 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / total / 4) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def join_flags(flags: Tensor) -> str:
+    """One character, 0 or 1, for each of the flags (N,)."""
+    return "".join("01"[flag] for flag in flags.tolist())
+
+
+def split_flags(text: str) -> Tensor:
+    """The inverse of `join_flags`."""
+    return torch.tensor([character == "1" for character in text], dtype=torch.bool)
 
 
 def _join(values: Any) -> str:

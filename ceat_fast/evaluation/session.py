@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ceat_fast.attacks import PGD
 from ceat_fast.attacks.fixed_step import FixedStepAttack
+from ceat_fast.attacks.inputs import require_eval_mode
 from ceat_fast.attacks.result import CLEAN
 from ceat_fast.evaluation.adversarials import AdversarialStore
 from ceat_fast.evaluation.examples import Examples
@@ -292,9 +293,7 @@ def _require_settings(
 
 def _require_judgeable(model: nn.Module, images: Tensor, labels: Tensor, index: Tensor, device: torch.device) -> int:
     """The number of classes; ValueError where a number would be meaningless."""
-    for name, module in model.named_modules():
-        if module.training:
-            raise ValueError(f"model is in train mode ({name or type(module).__name__}); call model.eval() first")
+    require_eval_mode(model)
     if not images.is_floating_point() or images.ndim < 2:
         raise ValueError(f"images must be floats (N, ...), got {images.dtype} {tuple(images.shape)}")
     for what, tensor in (("labels", labels), ("index", index)):

@@ -23,9 +23,8 @@ from ceat_fast.imports import import_function
 from ceat_fast.models import build_model
 from ceat_fast.training import AttackConfig, Run
 from ceat_fast.training.checkpoint import WEIGHTS, load_weights
-from ceat_fast.training.run import build_ensemble
+from ceat_fast.training.run import EVALUATION, build_ensemble
 
-RESULT = "evaluation.json"
 _MEMBER = "members."
 
 
@@ -96,7 +95,7 @@ class Source(ABC):
     def places(self, model: nn.Module, out: str | os.PathLike[str] | None) -> tuple[Path, Path]:
         """(folder of the journal, file of the result)."""
         folder = self.folder if out is None else Path(out)
-        return folder / "journal", folder / RESULT
+        return folder / "journal", folder / EVALUATION
 
     @property
     def _data(self) -> tuple[str | None, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +14,24 @@ from torch import Tensor
 
 from ceat_fast.attacks.result import CLEAN
 from ceat_fast.environment import describe_environment
-from ceat_fast.evaluation.result import wilson_interval
+from ceat_fast.evaluation.result import join_flags, split_flags, wilson_interval
 from ceat_fast.files import PathLike, write_json
 
 ALL = "all"  # the row of samples that withstand everything
 Result = TypeVar("Result", bound="_Stored")
 
 
-class _Stored:
+class _Stored(ABC):
     """A result that is kept as JSON."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_dict(cls: type[Result], tree: Mapping[str, Any]) -> Result:
         """The inverse of `to_dict`."""
-        raise NotImplementedError
 
     def save(self, path: PathLike) -> None:
         """Write `to_dict` as JSON, atomically."""
@@ -103,8 +104,8 @@ class TransferMatrix(_Stored):
             "attack": self.attack,
             "rates": self.rates.tolist(),
             "mean_transfer": self.mean_transfer,
-            "fooled": [[_text(flags) for flags in row] for row in self.fooled],
-            "counted": [_text(flags) for flags in self.counted],
+            "fooled": [[join_flags(flags) for flags in row] for row in self.fooled],
+            "counted": [join_flags(flags) for flags in self.counted],
             "samples": self.samples.tolist(),
             "seconds": self.seconds,
             "about": self.about,
@@ -117,8 +118,8 @@ class TransferMatrix(_Stored):
         return cls(
             tree["sources"],
             tree["targets"],
-            torch.stack([torch.stack([_flags(text) for text in row]) for row in tree["fooled"]]),
-            torch.stack([_flags(text) for text in tree["counted"]]),
+            torch.stack([torch.stack([split_flags(text) for text in row]) for row in tree["fooled"]]),
+            torch.stack([split_flags(text) for text in tree["counted"]]),
             torch.tensor(tree["samples"], dtype=torch.int64),
             tree["protocol"],
             tree["attack"],
@@ -181,13 +182,13 @@ class BlackBoxResult(_Stored):
         return {
             "subjects": self.subjects,
             "accuracies": table,
-            "clean": [_text(flags) for flags in self.clean],
+            "clean": [join_flags(flags) for flags in self.clean],
             "verdicts": [
                 {
                     "surrogate": surrogate,
                     "attack": attack,
                     "seconds": self.seconds[surrogate, attack],
-                    "correct": [_text(flags) for flags in rows],
+                    "correct": [join_flags(flags) for flags in rows],
                 }
                 for (surrogate, attack), rows in self.correct.items()
             ],
@@ -202,18 +203,10 @@ class BlackBoxResult(_Stored):
         keyed = {(entry["surrogate"], entry["attack"]): entry for entry in tree["verdicts"]}
         return cls(
             tree["subjects"],
-            {key: torch.stack([_flags(text) for text in entry["correct"]]) for key, entry in keyed.items()},
-            torch.stack([_flags(text) for text in tree["clean"]]),
+            {key: torch.stack([split_flags(text) for text in entry["correct"]]) for key, entry in keyed.items()},
+            torch.stack([split_flags(text) for text in tree["clean"]]),
             tree["attacks"],
             {key: entry["seconds"] for key, entry in keyed.items()},
             tree["about"],
             tree["environment"],
         )
-
-
-def _text(flags: Tensor) -> str:
-    return "".join("01"[flag] for flag in flags.tolist())
-
-
-def _flags(text: str) -> Tensor:
-    return torch.tensor([character == "1" for character in text], dtype=torch.bool)

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.export.card import make_card, to_markdown
+from ceat_fast.export.card import PROGRAM, make_card, to_markdown
 from ceat_fast.files import PathLike, write_folder, write_json
 from ceat_fast.training import Run
-
-PROGRAM = "ensemble.pt2"
+from ceat_fast.training.checkpoint import plain_copies
 
 
 def export_run(
@@ -50,7 +49,7 @@ def export_run(
 
     def fill(folder: Path) -> None:
         for number, member in enumerate(ensemble.members):
-            save_file(_plain(member), folder / f"member-{number}.safetensors")
+            save_file(plain_copies(member.state_dict()), folder / f"member-{number}.safetensors")
         if program:
             torch.export.save(export_program(ensemble, image), folder / PROGRAM)
         checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
@@ -79,8 +78,3 @@ def export_program(ensemble: Ensemble, image: Tensor) -> Any:
             f"torch.export cannot trace this ensemble ({names}): {str(error).splitlines()[0]}; --program false leaves "
             "the program out"
         ) from error
-
-
-def _plain(member: nn.Module) -> dict[str, Tensor]:
-    contiguous = torch.contiguous_format
-    return {name: tensor.cpu().clone(memory_format=contiguous) for name, tensor in member.state_dict().items()}

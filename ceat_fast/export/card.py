@@ -14,6 +14,8 @@ from ceat_fast.evaluation.fingerprint import digest_model
 from ceat_fast.training import Run
 from ceat_fast.training.config import config_to_dict
 
+PROGRAM = "ensemble.pt2"
+
 Card = dict[str, Any]
 
 _AVERAGES = {"prob": "the mean of their softmax probabilities", "logit": "the softmax of the mean of their logits"}
@@ -69,10 +71,10 @@ def to_markdown(card: Card) -> str:
         *(
             [
                 "import torch",
-                'program = torch.export.load("ensemble.pt2").module()',
+                f'program = torch.export.load("{PROGRAM}").module()',
                 f"log_prob = program(images)  # {image} -> (B, {classes})",
             ]
-            if "ensemble.pt2" in card["files"]
+            if PROGRAM in card["files"]
             else []
         ),
         "```",

@@ -10,8 +10,7 @@ from ceat_fast.evaluation import BlackBoxResult, EvaluationResult, TransferMatri
 from ceat_fast.evaluation.transfer_runs import BLACK_BOX, MATRIX
 from ceat_fast.files import PathLike
 from ceat_fast.training import Run
-
-RESULT = "evaluation.json"
+from ceat_fast.training.run import EVALUATION
 
 
 @dataclass
@@ -51,9 +50,12 @@ def open_evaluated(folders: Sequence[PathLike]) -> list[Evaluated]:
 
 
 def _open(folder: Path) -> Evaluated:
-    if not (folder / RESULT).is_file():
-        raise ValueError(f"{str(folder)!r} holds no {RESULT}: it must be evaluated first: ceat-fast evaluate {folder}")
-    result = EvaluationResult.load(folder / RESULT)
+    path = folder / EVALUATION
+    if not path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no {path.name}: it must be evaluated first: ceat-fast evaluate {folder}"
+        )
+    result = EvaluationResult.load(path)
     run = Run(folder) if Run(folder).config_path.is_file() else None
     transfer = TransferMatrix.load(folder / MATRIX) if (folder / MATRIX).is_file() else None
     black_box = BlackBoxResult.load(folder / BLACK_BOX) if (folder / BLACK_BOX).is_file() else None

@@ -17,12 +17,14 @@ from ceat_fast.evaluation import (
     black_box,
     evaluate_run,
     transfer_run,
+    transfer_runs,
 )
 from ceat_fast.evaluation.fingerprint import describe_attack
 from ceat_fast.evaluation.protocol import EvaluationConfig, columns
 from ceat_fast.evaluation.transfer_result import ALL
 from ceat_fast.training import Run, TrainConfig
 from ceat_fast.training.checkpoint import checkpoints
+from ceat_fast.training.run import EVALUATION
 
 BLACK_BOX = "black box"
 Result = TypeVar("Result")
@@ -60,7 +62,7 @@ class Attacked(Judgement):
         def fits(result: EvaluationResult) -> bool:
             return all(name in result.attacks and result.settings(name) == wanted[name] for name in wanted)
 
-        result = _stored(run, folder / "evaluation.json", EvaluationResult.load, fits)
+        result = _stored(run, folder / EVALUATION, EvaluationResult.load, fits)
         result = result or evaluate_run(run, settings, attack=config.evaluation, out=folder)
         scores = {name: result.score(result.main_subject, name).correct for name in result.attacks}
         return {name: correct.double().mean().item() for name, correct in scores.items()}
@@ -83,7 +85,7 @@ class Transferred(Judgement):
         def fits(result: TransferMatrix) -> bool:
             return result.attack == wanted and result.protocol == self.config.protocol
 
-        matrix = _stored(run, run.folder / "transfer.json", TransferMatrix.load, fits)
+        matrix = _stored(run, run.folder / transfer_runs.MATRIX, TransferMatrix.load, fits)
         matrix = matrix or transfer_run(run, config=replace(self.config, device=config.device))[0]
         members = range(len(matrix.sources))
         return {f"{s + 1}>{t + 1}": matrix.rates[s, t].item() for s in members for t in members}
@@ -110,7 +112,7 @@ class BlackBox(Judgement):
             surrogates = {surrogate for surrogate, _ in result.correct}
             return result.attacks == wanted and surrogates == {str(folder) for folder in self.surrogates}
 
-        path = run.folder / "black_box.json"
+        path = run.folder / transfer_runs.BLACK_BOX
         result = _stored(run, path, BlackBoxResult.load, fits)
         if result is None:
             result = self._attack(run, config, attacks)

@@ -57,9 +57,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, kind: str =
         if _damage(path) is None:
             return path
         remove_folder(path)
-    contents = {WEIGHTS: _safetensors(checkpoint.weights)}
+    contents = {WEIGHTS: save(plain_copies(checkpoint.weights))}
     if checkpoint.average is not None:
-        contents[AVERAGE] = _safetensors(checkpoint.average)
+        contents[AVERAGE] = save(plain_copies(checkpoint.average))
     if checkpoint.state is not None:
         buffer = io.BytesIO()
         torch.save(checkpoint.state, buffer)
@@ -166,9 +166,8 @@ def _manifest(step: int, contents: Mapping[str, bytes]) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    # Members that run batched are views into shared storage, which safetensors refuses: copy.
-    copies = {
+def plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU as safetensors takes them: it refuses views into storage that members share."""
+    return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return save(copies)

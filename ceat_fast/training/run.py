@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "out", "resume", "epochs", "device", "backend", "cuda_graph", "checkpoint", "watch", "parallel", "tensorboard",
     "evaluation", "data.root",
 )  # fmt: skip
+EVALUATION = "evaluation.json"
 KINDS = {"last": STEP, "best": BEST}
 
 
@@ -36,7 +37,7 @@ class Run:
         self.config_path = self.folder / "config.yaml"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.environment_path = self.folder / "environment.json"
-        self.evaluation_path = self.folder / "evaluation.json"
+        self.evaluation_path = self.folder / EVALUATION
         self.checkpoints = self.folder / "checkpoints"
 
     @classmethod
