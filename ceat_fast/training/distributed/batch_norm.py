@@ -53,22 +53,9 @@ class SynchronisedBatchNorm(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.batch_norm and _in_training(*args, **(kwargs or {})):
+        if func is F.batch_norm:
             return _batch_norm(self._group, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def _in_training(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    *settings: Any,
-    **more: Any,
-) -> bool:
-    return training
 
 
 def _batch_norm(
@@ -82,7 +69,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm` in train mode; input (B, C, ...), statistics in fp32 or wider."""
+    """`F.batch_norm`; in train mode for input (B, C, ...), with statistics in fp32 or wider."""
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     others = [dim for dim in range(x.dim()) if dim != 1]
     shape = [1, -1, *[1] * (x.dim() - 2)]
