@@ -21,7 +21,7 @@ def use_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> torch.library.Library:
     library.impl("member_convolution_native", _convolve_members, "CPU")
     monkeypatch.setattr(chain, "_shared_memory", lambda device: 200_000)
     monkeypatch.setattr(convolution, "_fastest", lambda weights: "cuda")
-    monkeypatch.setattr(convolution, "width", lambda channels, kind: max(16, channels))
+    monkeypatch.setattr(convolution, "padded_channels", lambda channels, kind: max(16, channels))
     monkeypatch.setattr(Chain, "_images", lambda self, x: 1)
     return library
 

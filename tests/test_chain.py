@@ -138,7 +138,7 @@ def test_on_cuda(channels, side, members, samples, outside):
     for number, (taps, bias) in enumerate(zip(problem.taps, problem.bias, strict=True)):
         weight = taps.unflatten(1, (3, 3)).permute(0, 4, 1, 2, 3).contiguous().cuda()
         weights = MemberWeights(weight, bias.cuda(), 1)
-        if not chain.suits(weights, *side):
+        if not chain.can_be_link(weights, *side):
             pytest.skip("does not fit into shared memory")
         links.append(Link(weights, problem.residuals[number], problem.relus[number]))
     ours = Chain(links)

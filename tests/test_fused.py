@@ -422,10 +422,10 @@ def test_what_cannot_be_compared_in_fp32_loops():
 @on_native
 def test_kernels_are_for_the_types_that_they_have():
     layer = nn.Conv2d(16, 16, 3, padding=1)
-    assert traced.suits(layer)
-    assert traced.suits(copy.deepcopy(layer).bfloat16())
-    assert not traced.suits(copy.deepcopy(layer).half())
-    assert not traced.suits(copy.deepcopy(layer).double())
+    assert traced.has_kernel(layer)
+    assert traced.has_kernel(copy.deepcopy(layer).bfloat16())
+    assert not traced.has_kernel(copy.deepcopy(layer).half())
+    assert not traced.has_kernel(copy.deepcopy(layer).double())
 
 
 @on_native

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ceat_fast.ensemble.member_layers import Convolution
 from ceat_fast.ensemble.traced import Operation, images
-from ceat_fast.ops.chain import MAX_LINKS, Chain, Link, suits
+from ceat_fast.ops.chain import MAX_LINKS, Chain, Link, can_be_link
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def with_chains(
 
 def _continues(run: Sequence[Convolution], step: Convolution) -> bool:
     shape = step.output.meta["shape"]
-    if not suits(step.layer.weights, *shape[2:]):
+    if not can_be_link(step.layer.weights, *shape[2:]):
         return False
     if not run:
         return True

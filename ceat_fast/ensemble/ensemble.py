@@ -198,20 +198,16 @@ class Ensemble(nn.Module):
         if self._not_fusable or x.numel() == 0 or is_transformed(x.device.type):
             return None
         sample = x[:1, 0] if per_member else x[:1]
-        outputs: dict[int, Tensor] = {}
         try:
             if self._fused is None:
                 groups = group_members(list(self.members))
                 self._fused = [(group, FusedMembers([self.members[i] for i in group], sample)) for group in groups]
-            for indices, fused in self._fused:
-                rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
-                outputs.update(zip(indices, fused(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
+            return _run_groups(self._fused, x, per_member)
         except NotFusableError as error:
             if self.backend != AUTO:
                 raise RuntimeError(f"backend {self.backend!r} cannot run the members: {error}") from error
             self._not_fusable = True
             return None
-        return _stack_logits([outputs[index] for index in range(len(self.members))])
 
     def _train_fused(self, x: Tensor, per_member: bool) -> Tensor | None:
         """None where they have to run another way: it has gradients for parameters alone, and trains in bf16."""
@@ -228,14 +224,10 @@ class Ensemble(nn.Module):
                 self._trained = [
                     (group, FusedTraining([self.members[i] for i in group], sample, torch.bfloat16)) for group in groups
                 ]
-            outputs: dict[int, Tensor] = {}
-            for indices, fused in self._trained:
-                rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
-                outputs.update(zip(indices, fused(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
+            return _run_groups(self._trained, x, per_member)
         except NotFusableError:
             self._not_fusable = True
             return None
-        return _stack_logits([outputs[index] for index in range(len(self.members))])
 
     def _compiled_members(self) -> list[Callable[..., Any]]:
         if [member for member, _ in self._compiled] != list(self.members):
@@ -285,6 +277,15 @@ class Ensemble(nn.Module):
 def _is_current(groups: Sequence[MemberGroup], members: Sequence[nn.Module]) -> bool:
     grouped = {index: member for group in groups for index, member in zip(group.indices, group.members, strict=True)}
     return grouped == dict(enumerate(members)) and all(group.is_current() for group in groups)
+
+
+def _run_groups(groups: Sequence[tuple[list[int], Callable[[Tensor], Tensor]]], x: Tensor, per_member: bool) -> Tensor:
+    """Networks of the members at these indices, (M' * B, ...) -> (M' * B, K), on x of all; -> (M, B, K)."""
+    outputs: dict[int, Tensor] = {}
+    for indices, run in groups:
+        rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
+        outputs.update(zip(indices, run(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
+    return _stack_logits([outputs[index] for index in range(len(outputs))])
 
 
 def _stack_logits(outputs: Sequence[Any]) -> Tensor:

@@ -29,7 +29,8 @@ from ceat_fast.ensemble.traced import (
     Operation,
     Values,
     function_of,
-    suits,
+    has_kernel,
+    has_tensors,
     trace,
     with_epilogue,
 )
@@ -64,9 +65,6 @@ class FusedMembers:
         self.members = list(members)
         self._proved = False
         graph = trace(members[0], sample)
-        own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
-        if own is not None:
-            raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
         self.program = _Program(graph, self.members)
         self._buffers = Buffers()
         for step in self.program.steps:
@@ -376,7 +374,7 @@ def _steps(
         if node.op in ("placeholder", "output") or node in last_of:
             continue
         layers = [member.get_submodule(str(node.target)) for member in members] if node in kinds else []
-        if not any(True for layer in layers[:1] for _ in (*layer.parameters(), *layer.buffers())):
+        if not layers or not has_tensors(layers[0]):
             steps.append(Operation(node, layers[0] if layers else function_of(node)))
             continue
         if str(node.target) in wrapped:
@@ -388,7 +386,7 @@ def _steps(
         if own & tied:
             raise NotFusableError(f"{node.target} shares a tensor with another module")
         tied |= own
-        convolutions = [layer for layer in layers if suits(layer)]
+        convolutions = [layer for layer in layers if has_kernel(layer)]
         if not convolutions:
             on_cpu = all(tensor.device.type == "cpu" for tensor in (*layers[0].parameters(), *layers[0].buffers()))
             steps.append(Operation(node, MemberModule(layers) if on_cpu else VmappedModule(layers)))

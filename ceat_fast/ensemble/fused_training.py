@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from ceat_fast.ensemble.architecture import has_hooks
+from ceat_fast.ensemble.group import tied
 from ceat_fast.ensemble.layouts import Rearrangement
+from ceat_fast.ensemble.member_layers import named_tensors, vmapped
 from ceat_fast.ensemble.proof import is_as_close
 from ceat_fast.ensemble.traced import (
     NotFusableError,
     Operation,
     Values,
-    by_member,
     function_of,
+    has_kernel,
+    has_tensors,
     images,
     rows_of,
-    suits,
     trace,
     with_epilogue,
 )
 from ceat_fast.ops import convolution, member_training, triton_backend
-from ceat_fast.ops.chain import Chain, Link
-from ceat_fast.ops.chain import suits as can_be_link
+from ceat_fast.ops.chain import Chain, Link, can_be_link
 from ceat_fast.ops.convolution import MemberWeights
 from ceat_fast.ops.member_training import Norm
 
@@ -155,10 +155,8 @@ class _Layers:
                 self._steps.append(waiting[node])
             if node.op in ("placeholder", "output") or node in taken:
                 continue
-            if node.op == "get_attr":
-                raise NotFusableError(f"the forward uses a tensor of the module itself, {node.target}")
             own = modules.get(node)
-            if own is None or not _has_tensors(own[0]):
+            if own is None or not has_tensors(own[0]):
                 self._steps.append(Operation(node, function_of(node) if own is None else own[0]))
                 continue
             if id(own[0]) in used or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
@@ -171,7 +169,7 @@ class _Layers:
                 waiting[chain[-1]] = step
                 if chain[-1] is node:
                     self._steps.append(step)
-            elif all(suits(layer) for layer in own):
+            elif all(has_kernel(layer) for layer in own):
                 layer = TrainedConvolution(own, dtype, node.meta["shape"][2:])
                 self._steps.append(_Convolution(node, node.all_input_nodes[0], layer))
             else:
@@ -182,7 +180,7 @@ class _Layers:
             raise NotFusableError("there is no convolution in it that the kernels take")
         self._layouts = _packed(convolutions, dtype)
         norms = [step.layer for step in self._steps if isinstance(step, _Norm)]
-        self._batches = _tied([norm.num_batches_tracked for layer in norms for norm in layer.norms]) if norms else None
+        self._batches = tied([norm.num_batches_tracked for layer in norms for norm in layer.norms]) if norms else None
 
     def run(self, x: Tensor) -> Tensor:
         """(M * B, C, H, W) -> (M * B, K)"""
@@ -238,9 +236,9 @@ class TrainedConvolution:
             raise NotFusableError("a convolution has a bias of its own")
         first = layers[0]
         self.channels, self.stride, self.point = first.in_channels, first.stride[0], first.kernel_size == (1, 1)
-        width = convolution.width(first.in_channels, "cuda")
-        assert width is not None
-        self.width = width
+        padded = convolution.padded_channels(first.in_channels, "cuda")
+        assert padded is not None
+        self.padded_channels = padded
         storage = self.storage([layer.weight.detach().to(dtype) for layer in layers])
         bias = storage.new_zeros(self.members, first.out_channels)
         self.weights = MemberWeights(storage, bias, self.stride, self.point, kernel=self._kernel(storage))
@@ -254,7 +252,7 @@ class TrainedConvolution:
     def storage(self, weights: Sequence[Tensor]) -> Tensor:
         """Weights (M, F, 3, 3, C) of all members."""
         filters = self.layers[0].out_channels
-        storage = weights[0].new_zeros(self.members, filters, 3, 3, self.width)
+        storage = weights[0].new_zeros(self.members, filters, 3, 3, self.padded_channels)
         middle = slice(1, 2) if self.point else slice(None)
         for place, weight in zip(storage, weights, strict=True):
             place[:, middle, middle, : self.channels].permute(0, 3, 1, 2).copy_(weight)
@@ -273,11 +271,11 @@ class TrainedNorm:
         first = norms[0]
         if not first.track_running_stats or not first.affine or first.momentum is None:
             raise NotFusableError("a BatchNorm is without statistics, parameters or momentum")
-        if convolution.width(first.num_features, "cuda") != first.num_features:
+        if convolution.padded_channels(first.num_features, "cuda") != first.num_features:
             raise NotFusableError(f"a BatchNorm has {first.num_features} channels")
         self.norms, self.members = norms, len(norms)
         weight, bias, mean, var = (
-            _tied([getattr(norm, name) for norm in norms]) for name in ("weight", "bias", "running_mean", "running_var")
+            tied([getattr(norm, name) for norm in norms]) for name in ("weight", "bias", "running_mean", "running_var")
         )
         self.norm = Norm(weight, bias, mean, var, first.momentum, first.eps)
 
@@ -295,20 +293,16 @@ class TrainedModule:
         self.modules = modules
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in self.modules]
+        named = [named_tensors(module) for module in self.modules]
         stacks = {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]}
 
-        def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
-            return functional_call(self.modules[0], tensors, own)
-
-        output: Tensor = torch.vmap(call)(stacks, *(by_member(x, len(self.modules)) for x in inputs))
-        return output.flatten(0, 1)
+        return vmapped(self.modules, stacks, inputs)
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: TrainedConvolution, *weights: Tensor) -> Tensor:
-        missing = layer.width - x.shape[-1]
+        missing = layer.padded_channels - x.shape[-1]
         x = torch.nn.functional.pad(x, (0, missing)) if missing else x
         ctx.layer, ctx.chain = layer, layer.chain if x.shape[2:4] == layer.side else None
         if ctx.chain is None:
@@ -374,17 +368,5 @@ def _packed(layers: Sequence[TrainedConvolution], dtype: torch.dtype) -> Rearran
     return copies
 
 
-def _tied(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors in one, whose rows they become views into."""
-    stack = torch.stack([tensor.detach() for tensor in tensors])
-    for tensor, row in zip(tensors, stack, strict=True):
-        tensor.data = row
-    return stack
-
-
 def _module_calls(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_module"]
-
-
-def _has_tensors(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(), *module.buffers()))

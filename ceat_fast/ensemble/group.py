@@ -176,8 +176,8 @@ class MemberGroup:
         buffers = [dict(member.named_buffers()) for member in self.members]
         self._parameter_names = list(parameters[0])
         self._parameters = [member[name] for name in parameters[0] for member in parameters]
-        self._stacks = [_tie_tensors([member[name] for member in parameters]) for name in parameters[0]]
-        self._buffers = {name: _tie_tensors([member[name] for member in buffers]) for name in buffers[0]}
+        self._stacks = [tied([member[name] for member in parameters]) for name in parameters[0]]
+        self._buffers = {name: tied([member[name] for member in buffers]) for name in buffers[0]}
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
         self._tied = True
 
@@ -194,7 +194,8 @@ class MemberGroup:
         ]
 
 
-def _tie_tensors(tensors: Sequence[Tensor]) -> Tensor:
+def tied(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors in one, whose rows they become views into."""
     stack = torch.stack([tensor.detach() for tensor in tensors])
     for tensor, view in zip(tensors, stack, strict=True):
         tensor.data = view

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from ceat_fast.ensemble.group import tied
 from ceat_fast.ensemble.traced import by_member, images, rows_of
 from ceat_fast.ops import convolution
 from ceat_fast.ops.convolution import MemberWeights
@@ -19,16 +20,16 @@ from ceat_fast.ops.convolution import MemberWeights
 class MemberConvolution:
     """A convolution of every member.
 
-    A 1x1 convolution is a 3x3 one of whose taps only the middle one is not 0; channels are filled up with zeros to a
-    width of the kernel. Unless the kernels are CUDA's, the members' own weights become views into storage of all.
+    A 1x1 convolution is a 3x3 one of whose taps only the middle one is not 0; channels are filled up with zeros to as
+    many as a kernel takes. Unless the kernels are CUDA's, the members' own weights become views into storage of all.
     """
 
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         first = layers[0]
         self.layers, self.members, self.channels = layers, len(layers), first.in_channels
-        width = convolution.width(first.in_channels, first.weight.device.type)
-        assert width is not None
-        self._width, self._point = width, first.kernel_size == (1, 1)
+        padded = convolution.padded_channels(first.in_channels, first.weight.device.type)
+        assert padded is not None
+        self._padded_channels, self._point = padded, first.kernel_size == (1, 1)
         storage, bias = self.storage([layer.weight for layer in layers], self.biases())
         self.weights = MemberWeights(storage, bias, first.stride[0], self._point, inputs=first.in_channels)
         # For the CUDA kernels all layers' weights are laid out at once, from the members' own tensors.
@@ -47,7 +48,7 @@ class MemberConvolution:
     def storage(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Weights (M, F, 3, 3, C) and biases (M, F) of all members, 0 where they have none."""
         filters = self.layers[0].out_channels
-        storage = weights[0].new_zeros(self.members, filters, 3, 3, self._width)
+        storage = weights[0].new_zeros(self.members, filters, 3, 3, self._padded_channels)
         bias = weights[0].new_zeros(self.members, filters)
         for place, weight in zip(storage, weights, strict=True):
             self._own(place).copy_(weight)
@@ -81,8 +82,8 @@ class MemberConvolution:
         rows = self.weights.input_gradient(rows_of(grad, self.members), *like.shape[2:], *others)
         return images(rows) if rows.shape[-1] == self.channels else images(rows)[:, : self.channels]
 
-    def _filled(self, x: Tensor, width: int) -> Tensor:
-        missing = width - x.shape[1]
+    def _filled(self, x: Tensor, channels: int) -> Tensor:
+        missing = channels - x.shape[1]
         return rows_of(F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x, self.members)
 
 
@@ -102,19 +103,26 @@ class VmappedModule(MemberModule):
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__(modules)
-        parameters, buffers = stack_module_state(list(modules))
-        self._stacks = {**{name: stack.detach() for name, stack in parameters.items()}, **buffers}
-        named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in modules]
-        for name, stack in self._stacks.items():
-            for tensors, row in zip(named, stack, strict=True):
-                tensors[name].data = row
+        named = [named_tensors(module) for module in modules]
+        self._stacks = {name: tied([tensors[name] for tensors in named]) for name in named[0]}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
-            return functional_call(self.modules[0], tensors, own)
+        return vmapped(self.modules, self._stacks, inputs)
 
-        output: Tensor = torch.vmap(call)(self._stacks, *(by_member(x, len(self.modules)) for x in inputs))
-        return output.flatten(0, 1)
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def vmapped(modules: Sequence[nn.Module], stacks: dict[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """A module of every member with the tensors in these stacks (M, ...), in one call: (M * B, ...) -> (M * B, ...)."""
+
+    def call(tensors: dict[str, Tensor], *own: Tensor) -> Any:
+        return functional_call(modules[0], tensors, own)
+
+    output: Tensor = torch.vmap(call)(stacks, *(by_member(x, len(modules)) for x in inputs))
+    return output.flatten(0, 1)
 
 
 @dataclass(frozen=True)

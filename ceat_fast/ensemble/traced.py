@@ -67,6 +67,9 @@ def trace(module: nn.Module, sample: Tensor) -> fx.Graph:
         raise NotFusableError("the forward does not return logits (B, K)")
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise NotFusableError("the forward takes more than the images")
+    own = next((node.target for node in graph.nodes if node.op == "get_attr"), None)
+    if own is not None:
+        raise NotFusableError(f"the forward uses a tensor of the module itself, {own}")
     _without_identities(graph, module)
     with torch.no_grad():
         module(sample)  # an input that is wrong for it says so here, in its own words
@@ -117,15 +120,20 @@ class _Method:
         return getattr(first, self.name)(*args, **kwargs)
 
 
-def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+def has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+def has_kernel(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution that a kernel for all members takes."""
     return (
         type(layer) is nn.Conv2d
         and (layer.kernel_size, layer.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
         and layer.stride in ((1, 1), (2, 2))
         and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
         and convolution.missing(layer.weight.device.type, layer.weight.dtype) is None
-        and convolution.width(layer.in_channels, layer.weight.device.type) is not None
-        and convolution.width(layer.out_channels, layer.weight.device.type) == layer.out_channels
+        and convolution.padded_channels(layer.in_channels, layer.weight.device.type) is not None
+        and convolution.padded_channels(layer.out_channels, layer.weight.device.type) == layer.out_channels
     )
 
 

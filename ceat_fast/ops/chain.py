@@ -70,7 +70,7 @@ class Chain:
     """Convolutions one behind the other, each on the output of the one before.
 
     Args:
-        links: 1 to MAX_LINKS of them, of the same members and channels; see `suits`.
+        links: 1 to MAX_LINKS of them, of the same members and channels; see `can_be_link`.
 
     Who changes their weights in place calls `refresh` before the next run.
     """
@@ -133,7 +133,7 @@ class Chain:
         return max(1, min(warps // tasks, room, share))
 
 
-def suits(weights: MemberWeights, height: int, width: int) -> bool:
+def can_be_link(weights: MemberWeights, height: int, width: int) -> bool:
     """Whether a convolution of images of that size can be a link."""
     channels = weights.channels
     return (

@@ -61,18 +61,18 @@ def missing(device_type: str, dtype: torch.dtype) -> str | None:
     return native.missing("cpu")
 
 
-def width(channels: int, device_type: str) -> int | None:
+def padded_channels(channels: int, device_type: str) -> int | None:
     """Channels of the narrowest kernel that takes so many; None if all are narrower."""
     if device_type == "cpu":
         return -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
-    return next((width for width in WIDTHS if width >= channels), None)
+    return next((count for count in WIDTHS if count >= channels), None)
 
 
 class MemberWeights:
     """Weights and biases of one convolution of M members, as the kernels read them.
 
     Args:
-        weights: (M, F, 3, 3, C), contiguous; F and C are widths of a kernel, see `width`.
+        weights: (M, F, 3, 3, C), contiguous; F and C are as many as a kernel takes, see `padded_channels`.
         bias: (M, F).
         stride: 1 or 2; the padding is 1.
         point: only the middle tap is not 0.
@@ -104,7 +104,7 @@ class MemberWeights:
         self.members, self.filters, _, _, self.channels = weights.shape
         self.kernel = kernel or _fastest(weights)
         device_type = "cpu" if self.kernel == "cpu" else "cuda"
-        if any(width(count, device_type) != count for count in (self.channels, self.filters)):
+        if any(padded_channels(count, device_type) != count for count in (self.channels, self.filters)):
             allowed = f"multiples of {CHANNEL_BLOCK}" if device_type == "cpu" else f"of {WIDTHS}"
             raise ValueError(f"channels and filters must be {allowed}, got {self.channels} and {self.filters}")
         if bias.shape != weights.shape[:2] or not bias.is_contiguous():
@@ -163,17 +163,18 @@ class MemberWeights:
         x has `channels_in` channels. Inputs are contiguous and of the weights' type; sums are in fp32 and rounded once.
         """
         height, width = (-(-side // self.stride) for side in x.shape[2:4])
-        _check(x, residual, (self.members, x.shape[1], height, width, self.filters), self.channels_in, self.bias.dtype)
+        shape = self.members, x.shape[1], height, width, self.filters
+        _check("x", x, residual, shape, self.channels_in, self.bias.dtype)
         direction = _STRIDE_1 if self.stride == 1 else _STRIDE_2
         if self.kernel == "cpu":
-            out = self.buffers.take(x, (*x.shape[:2], height, width, self.filters))
+            out = self.buffers.take(x, shape)
             _convolve_into(out, x, self._forward, self.bias, residual, None, direction, self.point, False, relu)
             return out
         if self.kernel == "cuda":
             sizes = self.filters, height, width, direction
             found: Tensor = _convolve(x, self._forward, self.bias, residual, None, *sizes, self.point, False, relu)
             return found
-        out = x.new_empty(*x.shape[:2], height, width, self.filters)
+        out = x.new_empty(shape)
         return _launch(x, self.taps, out, self.stride, bias=self.bias, residual=residual, relu=relu)
 
     def input_gradient(
@@ -188,7 +189,7 @@ class MemberWeights:
             gate: the input itself where it came out of a ReLU: the result is then the gradient before that ReLU.
         """
         shape = self.members, grad.shape[1], height, width, self.channels
-        _check(grad, residual, shape, self.filters, self.bias.dtype)
+        _check("grad", grad, residual, shape, self.filters, self.bias.dtype)
         direction = _STRIDE_1 if self.stride == 1 else _TRANSPOSED_2
         if self.kernel == "cpu":
             out = self.buffers.take(grad, shape)
@@ -234,10 +235,12 @@ def pack(taps: Tensor) -> Tensor:
     return split.permute(order).reshape(members, count, channels // 16, filters // 8, 32, 4).contiguous()
 
 
-def _check(x: Tensor, residual: Tensor | None, shape: tuple[int, ...], channels: int, dtype: torch.dtype) -> None:
+def _check(
+    name: str, x: Tensor, residual: Tensor | None, shape: tuple[int, ...], channels: int, dtype: torch.dtype
+) -> None:
     if x.dim() != 5 or x.shape[0] != shape[0] or x.shape[4] != channels or not x.is_contiguous() or x.dtype != dtype:
         raise ValueError(
-            f"x must be ({shape[0]}, B, H, W, {channels}), contiguous, {dtype}, got {tuple(x.shape)} {x.dtype}"
+            f"{name} must be ({shape[0]}, B, H, W, {channels}), contiguous, {dtype}, got {tuple(x.shape)} {x.dtype}"
         )
     if residual is not None and (residual.shape != shape or residual.dtype != dtype or not residual.is_contiguous()):
         raise ValueError(f"residual must be {shape}, contiguous, {dtype}, got {tuple(residual.shape)} {residual.dtype}")
