@@ -11,6 +11,7 @@ import torch
 from emulated import bf16_tensor, build_emulator, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, run_with_isa
 from torch.nn import functional as F
 
 from ceat_fast.ops import convolution, native, triton_backend
@@ -113,7 +114,7 @@ def test_emulated_cuda_kernel(emulator, monkeypatch, shape, point):
         return bf16_tensor(found, (members, samples, height, width, filters))
 
     monkeypatch.setattr(convolution, "_convolve", call)
-    monkeypatch.setattr(convolution, "width", lambda channels, kind: channels)
+    monkeypatch.setattr(convolution, "padded_channels", lambda channels, kind: channels)
     check(problem, 0.04, "cuda")
 
 
@@ -225,18 +226,16 @@ def test_nan_passes_a_relu_on_the_cpu(stride):
 
 
 @on_native
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_of_the_cpu(isa):
-    """Each set that this CPU runs gives the same convolution; a set that it lacks stands for a lesser one."""
     code = (
         "import torch\n"
-        "from tests.test_member_convolution import Problem, check, check_bf16\n"
+        "from test_member_convolution import Problem, check, check_bf16\n"
         "for stride in (1, 2):\n"
         "    check(Problem(2, 3, (7, 9), 32, 48, stride, torch.float32, device='cpu'), 1e-4, 'cpu')\n"
         "    check_bf16(Problem(2, 3, (7, 9), 32, 48, stride, torch.bfloat16, device='cpu'))\n"
     )
-    environment = {**os.environ, "CEAT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    run_with_isa(isa, code)
 
 
 @on_native
@@ -389,3 +388,5 @@ def test_bad_inputs_are_refused(x, residual, message):
     weights = MemberWeights(torch.zeros(2, 16, 3, 3, 16), torch.zeros(2, 16), 1, kernel="triton")
     with pytest.raises(ValueError, match=message):
         weights.convolve(x, residual, relu=True)
+    with pytest.raises(ValueError, match=message.replace("x must", "grad must")):
+        weights.input_gradient(x, 4, 4, residual)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from instruction_sets import run_with_isa
 from torch import Tensor
 
 from ceat_fast.loss import ceat_loss, ensemble_cross_entropy
@@ -201,7 +199,7 @@ def test_threads_do_not_change_a_bit() -> None:
         assert torch.equal(one, two)
 
 
-RUN_WITH_ISA = """
+RESULTS_OF_ISA = """
 import sys, torch
 from ceat_fast.ops import native
 from test_native import SETTINGS, batch
@@ -222,9 +220,8 @@ def test_instruction_sets_agree(tmp_path: Any) -> None:
     assert chosen is not None
     results = {}
     for isa in {"portable", chosen}:
-        environment = os.environ | {"CEAT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
         out = tmp_path / f"{isa}.pt"
-        subprocess.run([sys.executable, "-c", RUN_WITH_ISA, isa, str(out)], check=True, env=environment)
+        run_with_isa(isa, RESULTS_OF_ISA, isa, str(out))
         results[isa] = torch.load(out, weights_only=True)
     for portable, vectorised in zip(results["portable"], results[chosen], strict=True):
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[portable.dtype]

@@ -36,7 +36,6 @@ from ceat_fast.training import (
 from ceat_fast.training.checkpoint import checkpoints, load_checkpoint, usable_checkpoint
 from ceat_fast.training.config import config_to_yaml
 
-STEPS = 15  # of everything_config: 3 epochs of 5 batches
 PATIENCE = 900  # seconds; importing torch takes minutes on a machine that is busy
 
 

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = not INTERPRETED and ops.missing("cuda") is None
 DEVICE = "cuda" if COMPILED else "cpu"
-NO_TRITON = ops.missing("cuda") == "triton is not installed"
 BF16_STEP = 2**-7  # the interpreter truncates to bf16 where the GPU rounds
 PAPER = CeatSettings(1.0, 1.0, 5.0, 1.0, 5.0, float("inf"), 0, 1, False)
 
