@@ -197,6 +197,7 @@ def test_mean_deviation_and_interval() -> None:
     assert summary.is_clear
     assert not summarise([-1.0, 0.5, 1.0]).is_clear
     assert not summarise([1.0, 1.0]).is_clear  # two can agree by chance
+    assert summarise([0.0] * 16 + [17.0]).half_width == pytest.approx(2.120)  # t(16); the mean deviates by 1
     assert summarise([7.0]) == (summary.__class__)(7.0, None, None, 1)
 
 
