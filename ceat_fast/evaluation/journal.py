@@ -18,7 +18,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ceat_fast.evaluation.fingerprint import differences, key_of
@@ -76,9 +75,7 @@ class Journal:
         sync_folder(self.folder)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def records(self) -> Iterator[Record]:
