@@ -11,8 +11,9 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
-from ceat_fast.training.config import AttackConfig, build_config, config_parser, setting_kinds, setting_names
+from ceat_fast.training.config import build_config, config_parser, setting_kinds, setting_names
 from ceat_fast.training.refusals import readable
+from ceat_fast.training.settings import AttackConfig
 
 DEBUG_VARIABLE = "CEAT_FAST_DEBUG"
 USER_ERRORS = (ArgumentError, ValueError, OSError, ImportError)
@@ -54,9 +55,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "reproduce": _reproduce_parser(),
         "compare": _compare_parser(),
         "export": _export_parser(),
-        "info": ArgumentParser(
-            exit_on_error=False, allow_abbrev=False, description="Show versions, devices and which backends exist."
-        ),
+        "info": _parser("Show versions, devices and which backends exist."),
     }
     commands["train"].description = "Train an ensemble."
     for name, command in commands.items():
@@ -64,15 +63,15 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     return parser, commands
 
 
+def _parser(description: str) -> ArgumentParser:
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
+
+
 def _evaluate_parser() -> ArgumentParser:
     from ceat_fast.evaluation.protocol import EvaluationConfig
     from ceat_fast.evaluation.sources import SourceOptions
 
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Judge a model, an ensemble and each of its members: clean, attacked, and whether to trust that.",
-    )
+    parser = _parser("Judge a model, an ensemble and each of its members: clean, attacked, and whether to trust that.")
     what = "Run folder, checkpoint, weights file, or module:function of your own that returns a model."
     parser.add_argument("model", type=str, help=what)
     parser.add_class_arguments(AttackConfig, "attack")
@@ -87,11 +86,7 @@ def _evaluate_parser() -> ArgumentParser:
 def _transfer_parser() -> ArgumentParser:
     from ceat_fast.evaluation import TransferConfig
 
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Test how attacks transfer: between the members of a run, and from surrogates to its ensemble.",
-    )
+    parser = _parser("Test how attacks transfer: between the members of a run, and from surrogates to its ensemble.")
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_argument("--surrogates", type=str, nargs="+", default=[], help="Run folders of surrogate ensembles.")
     parser.add_class_arguments(TransferConfig)
@@ -99,9 +94,7 @@ def _transfer_parser() -> ArgumentParser:
 
 
 def _report_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description="Write an HTML report of one or several evaluations."
-    )
+    parser = _parser("Write an HTML report of one or several evaluations.")
     parser.add_argument("folders", type=str, nargs="+", help="Run folders, or other folders with an evaluation.json.")
     parser.add_argument("--out", type=str, default="report.html", help="The HTML file to write; must not exist.")
     what = "Folder for the same as JSON, CSV and PNG files; new or empty."
@@ -110,20 +103,14 @@ def _report_parser() -> ArgumentParser:
 
 
 def _compare_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description="Write an HTML page that compares evaluations."
-    )
+    parser = _parser("Write an HTML page that compares evaluations.")
     parser.add_argument("folders", type=str, nargs="+", help="As for report, at least two; the first is the baseline.")
     parser.add_argument("--out", type=str, default="comparison.html", help="The HTML file to write; must not exist.")
     return parser
 
 
 def _export_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Write a run's members, ensemble and model card to a folder.",
-    )
+    parser = _parser("Write a run's members, ensemble and model card to a folder.")
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_argument("--out", type=str, default="export", help="The folder to write; new or empty.")
     parser.add_argument("--checkpoint", type=str, default="last", help="Which weights: last, or best.")
@@ -134,11 +121,7 @@ def _export_parser() -> ArgumentParser:
 def _reproduce_parser() -> ArgumentParser:
     from ceat_fast.reproduce import EXPERIMENTS, SCALES
 
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Reproduce a table or figure of the paper: train and judge what is missing, and compare.",
-    )
+    parser = _parser("Reproduce a table or figure of the paper: train and judge what is missing, and compare.")
     parser.add_argument("experiment", type=str, help=f"One of {', '.join(EXPERIMENTS)}.")
     parser.add_argument(
         "--scale", type=str, default="smoke", help=f"One of {', '.join(SCALES)} (docs/reproduction.md)."

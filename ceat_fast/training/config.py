@@ -21,11 +21,11 @@ import yaml
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.execution import AUTO, Execution
 from ceat_fast.methods import CEAT, Method
-from ceat_fast.training.averaging import EMA, SWA, WeightAverage
+from ceat_fast.training.averaging import SWA, WeightAverage
 from ceat_fast.training.checks import require, require_positive
-from ceat_fast.training.optimizers import SGD, Adam, AdamW, OptimizerConfig
+from ceat_fast.training.optimizers import SGD, OptimizerConfig
 from ceat_fast.training.refusals import readable
-from ceat_fast.training.schedules import Cosine, MultiStep, OneCycle, Schedule
+from ceat_fast.training.schedules import MultiStep, Schedule
 from ceat_fast.training.settings import (
     AttackConfig,
     CheckpointConfig,
@@ -34,35 +34,6 @@ from ceat_fast.training.settings import (
     ValidationConfig,
     WatchConfig,
 )
-
-__all__ = [
-    "EMA",
-    "SGD",
-    "SWA",
-    "Adam",
-    "AdamW",
-    "AttackConfig",
-    "CheckpointConfig",
-    "Cosine",
-    "DataConfig",
-    "MultiStep",
-    "OneCycle",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "Schedule",
-    "TrainConfig",
-    "ValidationConfig",
-    "WatchConfig",
-    "WeightAverage",
-    "build_config",
-    "config_parser",
-    "config_to_dict",
-    "config_to_yaml",
-    "differences",
-    "load_config",
-    "setting_kinds",
-    "setting_names",
-]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 CAPTURES = ("auto", "on", "off")
@@ -90,7 +61,8 @@ class TrainConfig:
         precision: of the passes that are trained: "fp32", "bf16" or "fp16"; weights and losses stay fp32.
         seed: every random number of the run follows from it.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
-        backend: execution of the members: "auto", "vmap" or "loop".
+        backend: execution of the members: "auto", or "loop", "vmap", "streams" or "fused", some with options as in
+            "loop+channels_last" (see `ceat_fast.Ensemble`).
         cuda_graph: on a GPU, replay the whole step, attack included, as one CUDA graph: "auto" (where the method and
             the other settings allow it), "on" (or refuse the run) or "off".
         checkpoint: when the state is saved.
