@@ -23,7 +23,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 
-from toolchain import cuda_architectures, cuda_mode, native_mode, not_buildable  # noqa: E402 - lies beside this file
+from toolchain import cuda_architectures, cuda_mode, native_mode, not_buildable  # noqa: E402 - lies in tools
 
 PACKAGE = Path("ceat_fast")
 LIBRARIES = PACKAGE / "_lib"

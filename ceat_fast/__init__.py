@@ -3,7 +3,7 @@
 from ceat_fast.loss import CEATLoss         the loss, in a training loop of your own
 from ceat_fast import Ensemble              members in one batched pass
 from ceat_fast.attacks import PGD           attacks on an ensemble, its members, or any model
-ceat-fast train | evaluate | info           the command line
+ceat-fast COMMAND                           train, evaluate, transfer, report, compare, export, reproduce, info
 """
 
 from __future__ import annotations

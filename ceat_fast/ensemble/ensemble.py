@@ -37,9 +37,11 @@ class Ensemble(nn.Module):
             keys are "members.<m>.<the member's own key>".
         backend: "vmap" runs members of equal architecture (same classes, attributes and tensor shapes) as one batched
             module and raises where that is impossible; "loop" runs one after the other; "streams" does on CUDA streams
-            side by side. Options follow a plus: "loop+channels_last", "vmap+compile". "auto" takes the execution that
-            `tune` measured to be the fastest, before that a default, and loops where vmap is impossible. Mixed
-            architectures form several groups; a group of one is called directly.
+            side by side; "fused" attacks members of equal architecture as one network with kernels of our own. Options
+            follow a plus: "loop+channels_last", "vmap+compile"; `Execution` lists them. "auto" takes the execution that
+            `tune` measured to be the fastest, before that a default ("fused" on a CPU where the kernels were built),
+            and another way where that one is impossible. Mixed architectures form several groups; a group of one is
+            called directly.
         average: "prob" for the mean of the members' probabilities (eq. 1), "logit" for the softmax of the mean logits.
 
     Members that run batched share storage: their parameters are views into stacked tensors, made on the first batched

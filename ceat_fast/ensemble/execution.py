@@ -1,4 +1,4 @@
-"""How the members of an ensemble run: one after the other, in CUDA streams side by side, or batched by vmap."""
+"""How the members of an ensemble run: one after the other, in CUDA streams, batched by vmap, or as one network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The loss, the ensemble output and the PGD step in plain torch: the readable specification.
 
-Every other backend is tested against this file, and the benchmarks use it as the vectorised eager baseline.
+Every other backend is tested against this file, which is itself the backend "torch".
 Gradients come from autograd. Shapes: M members, B samples, K classes; `adv`, `nat` are logits (M, B, K).
 """
 
