@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from ceat_fast.attacks import AttackResult, AutoAttack, parse_budget
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble, resolve_precision
-from ceat_fast.environment import describe_environment
 from ceat_fast.methods import EAT, Method, Standard
 from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, Run, TrainConfig, Trainer
 
@@ -222,7 +221,7 @@ def main() -> None:
     parser.add_argument("--root", help="folder of CIFAR-10")
     parser.add_argument("--runs", help="folder that keeps the trained ensembles; default: a temporary one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args()
     images = min(arguments.images, 40) if arguments.quick else arguments.images
     settings = QUICK if arguments.quick else {}
@@ -239,14 +238,13 @@ def main() -> None:
                     f"no row for mixed precision: {arguments.device} has no bf16 instructions, it searches in fp32"
                 )
     if arguments.json:
-        document = {
+        record = {
             "budget": "quick" if arguments.quick else "standard",
             "images": [arguments.first, images],
             "mixed_precision_searches_in": resolve_precision("auto", model),
             "ensembles": results,
-            "environment": describe_environment(),
         }
-        Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+        write_record(arguments.json, record)
 
 
 if __name__ == "__main__":

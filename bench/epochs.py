@@ -11,9 +11,7 @@ bench/peers.py holds the author-style loops.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import peers
 import torch
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 from timing import Timing, compare
@@ -28,7 +27,6 @@ from torch import Tensor, nn
 
 from ceat_fast.data import load_dataset
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.environment import describe_environment
 from ceat_fast.methods import METHODS, Batch, Epoch, make_method
 from ceat_fast.methods.features import layers_at
 from ceat_fast.models import build_model
@@ -154,7 +152,6 @@ def record(setting: Setting, timings: dict[str, Timing], rounds: int) -> dict[st
         "rounds": rounds,
         "seconds_per_epoch": {name: timing.as_dict() for name, timing in timings.items()},
         "author_style_takes": {name: timings[title].median / timings[name].median for name, title in AUTHORS.items()},
-        "environment": describe_environment(),
     }
 
 
@@ -175,10 +172,7 @@ def main() -> None:
     timings = measure(setting, arguments.rounds)
     Console(width=max(Console().width, 100)).print(show(setting, timings))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python bench/epochs.py", *sys.argv[1:]])
-        text = json.dumps({"command": command, **record(setting, timings, arguments.rounds)}, indent=2)
-        arguments.json.write_text(text + "\n")
+        write_record(arguments.json, record(setting, timings, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,18 @@ bare   our kernel in such a Function, with nothing looked at and no setting that
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import LAM, MU, author_loss, vectorised_loss
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 from timing import Timing, compare
 from torch import Tensor
 from torch.nn import functional as F
 
-from ceat_fast.environment import describe_environment
 from ceat_fast.loss import ceat_loss
 from ceat_fast.ops import dispatch
 from ceat_fast.ops.reference import CeatSettings
@@ -117,9 +116,7 @@ def main() -> None:
         results.append({"size": size, "seconds": {name: timing.as_dict() for name, timing in timings.items()}})
     Console(width=150).print(table)
     if arguments.json:
-        record = {"command": "python bench/loss.py", "environment": describe_environment(), "results": results}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(arguments.json, {"results": results})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ images: by PGD-20 in each precision, with the same random starts. Prints how man
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,7 +25,7 @@ from torch import Tensor
 from ceat_fast import Ensemble
 from ceat_fast.attacks import PGD
 from ceat_fast.data import Dataset, load_dataset
-from ceat_fast.environment import describe_environment, resolve_device
+from ceat_fast.environment import resolve_device
 from ceat_fast.training import Run, TrainConfig, Trainer
 from ceat_fast.training.config import load_config
 
@@ -55,12 +54,7 @@ def main() -> None:
         table.add_row(str(result["seed"]), *shares, *(str(result["differ"][name]) for name in names[1:]))
     Console(width=120).print(table)
     if arguments.json:
-        record = {
-            "command": " ".join(["python bench/precision.py", *sys.argv[1:]]),
-            "environment": describe_environment(),
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(arguments.json, {"results": results})
 
 
 def of_seed(path: Path, seed: int, names: Sequence[str]) -> dict[str, Any]:

@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from records import write_record
 from rich.console import Console
 
-from ceat_fast.environment import describe_environment
 from ceat_fast.methods import CEAT, StepOutput
 from ceat_fast.training import (
     EMA,
@@ -88,7 +87,6 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
     after = usage()
     settled, last = sampler.samples[len(sampler.samples) // 4 : -1], sampler.samples[-1]
     return {
-        "environment": describe_environment(),
         "steps": batches * epochs,
         "resident_mb_after_a_quarter": settled[0]["resident_mb"],
         "resident_mb_at_the_end": last["resident_mb"],
@@ -123,8 +121,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = soak(Path(folder), arguments.steps)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(arguments.json, record)
     if arguments.figure:
         draw(record, arguments.figure)
     print(

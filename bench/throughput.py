@@ -9,8 +9,6 @@ Prints tables, and writes throughput.json and figures into the folder. All times
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -23,6 +21,7 @@ from ceilings import ceilings
 from contenders import DTYPES, Setting, attack_flops, ladder_candidates, pgd_candidates, step_candidates
 from figures import bar_figure, growth_figure, loss_figure
 from memory import allocated, step_memory
+from records import write_record
 from rich.console import Console
 from tables import growth_table, ladder_table, loss_table, memory_table, rate_table
 from timing import Timing, compare
@@ -167,10 +166,8 @@ def run(arguments: argparse.Namespace, console: Console) -> Iterator[dict[str, A
         yield report
 
 
-def write(report: dict[str, Any], folder: Path, command: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"command": command, "environment": describe_environment(), **report}
-    (folder / "throughput.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+def write(report: dict[str, Any], folder: Path) -> None:
+    write_record(folder / "throughput.json", report)
     for name in ("pgd", "step"):
         if name in report:
             bar_figure(report[name], folder / f"{name}.png")
@@ -209,7 +206,7 @@ def main() -> None:
     console = Console(width=max(110, Console().width))
     start = time.perf_counter()
     for report in run(arguments, console):
-        write(report, arguments.out, " ".join(["python bench/throughput.py", *sys.argv[1:]]))
+        write(report, arguments.out)
     console.print(f"{time.perf_counter() - start:.0f} s; written: {arguments.out}/throughput.json and figures")
 
 
