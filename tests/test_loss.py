@@ -506,9 +506,28 @@ def test_double_backward_raises(backend: Backend) -> None:
     adv.requires_grad_()
     for loss in (ceat_loss(adv, nat, target, impl=impl).sum(), ensemble_cross_entropy(adv, target, impl=impl)):
         scale = torch.ones((), dtype=loss.dtype, device=device, requires_grad=True)
-        (grad,) = torch.autograd.grad(loss * scale, adv, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        for scaled in (loss, loss * scale):  # also where the gradient that comes in is a constant
+            (grad,) = torch.autograd.grad(scaled, adv, create_graph=True, retain_graph=True)
+            assert grad.requires_grad
+            with pytest.raises(RuntimeError, match="can be differentiated once"):
+                grad.sum().backward()
+
+
+def test_derivatives_of_derivatives_in_torch_func(backend: Backend) -> None:
+    impl, device = backend
+    _, nat, target = (t.to(device) for t in batch(3, 4, 5, dtype=torch.float64))
+    weight, direction = torch.randn(2, 5, 5, dtype=torch.float64, device=device)
+
+    def loss(weight: Tensor, impl: str) -> Tensor:
+        logits = (nat @ weight).tanh()
+        return ceat_loss(logits, nat, target, impl=impl).sum() + ensemble_cross_entropy(logits, target, impl=impl)
+
+    def derivatives(impl: str) -> list[Tensor]:
+        grad = torch.func.grad(lambda weight: loss(weight, impl))
+        squared = torch.func.grad(lambda weight: grad(weight).square().sum())(weight)
+        return [squared, *torch.func.jvp(grad, (weight,), (direction,))]
+
+    torch.testing.assert_close(derivatives(impl), derivatives("torch"), rtol=1e-9, atol=1e-12)
 
 
 def test_backward_twice_with_a_kept_graph(backend: Backend) -> None:

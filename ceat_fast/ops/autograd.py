@@ -2,19 +2,23 @@
 
 Two classes per op share one backward. `autograd.Function` with `setup_context` is what torch.func and torch.compile
 need; the older form with `ctx` in `forward` is what eager training uses, since it costs a third of the time per call.
-There is no double backward: it raises.
+There is no double backward: eager torch raises, and a loss within two levels of torch.func's derivatives is computed by
+the specification.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ceat_fast.ops import dispatch
+from ceat_fast.ops import dispatch, reference
 from ceat_fast.ops.reference import REDUCTIONS, CeatSettings, reduce_batch
+
+Gradients = tuple[Tensor | None, ...]
 
 
 def _is_transformed() -> bool:
@@ -32,7 +36,29 @@ def _ceat_backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
     return adv_grad, nat_grad, None, None, None, None
 
 
-_guarded_ceat_backward = once_differentiable(_ceat_backward)
+def _once(backward: Callable[[Any, Tensor], Gradients], ctx: Any, loss_grad: Tensor) -> Gradients:
+    """The gradients of that backward; where a graph of them is built, whoever differentiates them gets an error.
+
+    `once_differentiable` gives one only where the incoming gradient has a graph itself, which that of a sum has not.
+    """
+    if not torch.is_grad_enabled():
+        return backward(ctx, loss_grad)
+    with torch.no_grad():
+        grads = backward(ctx, loss_grad)
+    message = b"the loss can be differentiated once; impl='torch' can be twice"
+    guard = torch._C._functions.DelayedError(message, sum(grad is not None for grad in grads))
+    guarded = guard(*(grad.detach().requires_grad_() for grad in grads if grad is not None))
+    left = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+    return tuple(None if grad is None else next(left) for grad in grads)
+
+
+def _is_differentiated_twice() -> bool:
+    """Whether torch.func is to take derivatives of derivatives, or forward-mode ones."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    forward = kinds.count(torch._C._functorch.TransformType.Jvp)
+    return forward > 0 or kinds.count(torch._C._functorch.TransformType.Grad) > 1
 
 
 class _EagerCeatLoss(torch.autograd.Function):
@@ -57,8 +83,7 @@ class _EagerCeatLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        # The decorator's guard takes longer than the rest; it is needed only where a graph of the gradient is built.
-        return (_guarded_ceat_backward if torch.is_grad_enabled() else _ceat_backward)(ctx, loss_grad)
+        return _once(_ceat_backward, ctx, loss_grad)
 
 
 class _CeatLoss(torch.autograd.Function):
@@ -125,7 +150,10 @@ def ceat_loss(
     backend: str, adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, need_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, parts): loss (M,) or (M, B), differentiable once in `adv` and `nat`; parts (7, M, B) if needed."""
-    if _is_transformed():
+    if _is_differentiated_twice():
+        loss, named = reference.ceat_loss(adv, nat, target, settings)
+        parts = torch.stack(named) if need_parts else None
+    elif _is_transformed():
         loss, parts, *_ = _CeatLoss.apply(adv, nat, target, settings, backend, need_parts)
     elif torch.is_grad_enabled() and (adv.requires_grad or nat.requires_grad):
         # Gradient-free outputs of a Function are expensive, so the parts leave by the back door.
@@ -145,9 +173,8 @@ class _EagerEnsembleCrossEntropy(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _ensemble_backward(ctx.grad, ctx.dtype, loss_grad), None, None, None
+        return _once(_eager_ensemble_backward, ctx, loss_grad)
 
 
 class _EnsembleCrossEntropy(torch.autograd.Function):
@@ -181,12 +208,18 @@ class _EnsembleCrossEntropy(torch.autograd.Function):
         return (loss, (grad * scale).unflatten(1, (size, samples))), (0, 1)
 
 
+def _eager_ensemble_backward(ctx: Any, loss_grad: Tensor) -> Gradients:
+    return _ensemble_backward(ctx.grad, ctx.dtype, loss_grad), None, None, None
+
+
 def _ensemble_backward(grad: Tensor, dtype: torch.dtype, loss_grad: Tensor) -> Tensor:
     return (grad * loss_grad.unsqueeze(-1)).to(dtype) if loss_grad.dim() else (grad * loss_grad).to(dtype)
 
 
 def ensemble_cross_entropy(backend: str, logits: Tensor, target: Tensor, reduction: int) -> Tensor:
     """() or (B,) losses of eq. 1, differentiable once in `logits`."""
+    if _is_differentiated_twice():
+        return reference.ensemble_cross_entropy(logits, target, reduction)
     if _is_transformed():
         loss, _ = _EnsembleCrossEntropy.apply(logits, target, reduction, backend)
     elif torch.is_grad_enabled() and logits.requires_grad:
