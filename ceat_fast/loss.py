@@ -171,7 +171,8 @@ class CEATLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for print(module)."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        shown = self.settings | {"impl": self.impl, "return_parts": self.return_parts}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def disparity(true_prob: Tensor, pair_reduction: str = "max") -> Tensor:
@@ -392,8 +393,8 @@ def _plain(value: object) -> str:
 
 
 def _check_labels(target: Tensor, classes: int) -> None:
-    """Refuse labels outside [0, classes) on the CPU; elsewhere looking would synchronise."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    """Refuse labels outside [0, classes) on the CPU; elsewhere, and in vmap, there is no looking."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     wrong = ((target < 0) | (target >= classes)).nonzero()
     if len(wrong):

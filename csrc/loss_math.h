@@ -175,7 +175,8 @@ CEAT_HD V ensemble_cross_entropy(V* ce, const V* true_residual, int members) {
   mean_residual = mean_residual * Scalar<V>(1.0 / members);
   V total{};
   for (int m = 0; m < members; ++m) {
-    ce[m] = exp_nonpositive(best - ce[m]);
+    // Where all members rule the label out, best is infinite: they share its gradient.
+    ce[m] = select(ce[m] == best, V{} + Scalar<V>(1), exp_nonpositive(best - ce[m]));
     total += ce[m];
   }
   for (int m = 0; m < members; ++m) ce[m] = ce[m] / total;

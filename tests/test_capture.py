@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import unittest.mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tiny_training import At, everything_config, tiny_config, train, without_tim
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import MIM, PGD, captured, fixed_step
+from ceat_fast.ensemble import graphs
 from ceat_fast.methods import ADP, AT, CEAT, EAT, CalibratedDistance, Standard
 from ceat_fast.methods.base import Batch
 from ceat_fast.models import digits_resnet
@@ -154,8 +157,25 @@ def test_a_step_that_waits_for_the_device(monkeypatch):
         steps(PGD(seed=3), batch)
 
 
+def test_a_capture_that_fails_leaves_its_stream_and_pool(monkeypatch):
+    stream, left = unittest.mock.Mock(device_index=0), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "set_stream", left.append)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: left.append(of), raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
+
+    def wait():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.capture(wait)
+    assert left == [stream, (0, "pool")]
+
+
 @on_gpu
-@pytest.mark.parametrize("backend", ["loop", "vmap", "streams", "streams+channels_last", "vmap+graph"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "streams", "streams+channels_last", "vmap+graph", "fused"])
 @pytest.mark.parametrize("method", METHODS)
 def test_graphs_on_cuda(tmp_path, monkeypatch, backend, method):
     # A search follows signs: what a library's choice of another algorithm rounds differently grows from step to step.

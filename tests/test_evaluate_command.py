@@ -18,7 +18,8 @@ from torch import nn
 from ceat_fast.cli import main
 from ceat_fast.evaluation.progress import EvaluationProgress
 from ceat_fast.evaluation.protocol import EvaluationConfig, columns
-from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer
+from ceat_fast.evaluation.sources import CheckpointSource, SourceOptions
+from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, Run, TrainConfig, Trainer
 
 
 def linear(num_classes: int, in_channels: int) -> nn.Module:
@@ -123,6 +124,12 @@ def ensemble():
     torch.manual_seed(0)
     return Ensemble([nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(3)])
 
+def colours():
+    return nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten())
+
+def sized(size):
+    return plain()
+
 def number():
     return 3
 
@@ -142,6 +149,10 @@ def test_a_function_in_the_working_directory(tmp_path: Path, capsys: pytest.Capt
     data = ["--data.name", "digits"]
     assert "data.name must name a data set" in failure(capsys, "evaluate", "my_models:plain")
     assert "must return an nn.Module, got int" in failure(capsys, "evaluate", "my_models:number", *data)
+    message = failure(capsys, "evaluate", "my_models:sized", *data)
+    assert "'my_models:sized' must be callable without arguments: missing a required argument: 'size'" in message
+    message = failure(capsys, "evaluate", "my_models:colours", *data)
+    assert "the model cannot take an image of shape (1, 8, 8)" in message
     assert "'constant' is not callable" in failure(capsys, "evaluate", "my_models:constant", *data)
     assert "has no 'plan'" in failure(capsys, "evaluate", "my_models:plan", *data)
     assert "no module named 'our_models'" in failure(capsys, "evaluate", "our_models:plain", *data)
@@ -162,6 +173,67 @@ def test_what_cannot_be_judged_is_refused_by_name(
     loose.write_bytes(weights_of(run).read_bytes())
     message = failure(capsys, "evaluate", str(loose), "--data.name", "digits")
     assert "models must name the architectures" in message
+
+
+def test_options_without_use_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my_models.py").write_text(USER_MODULE)
+    best, own = ["--checkpoint", "best"], ["my_models:plain", "--data.name", "digits"]
+    for argv, refusal in (
+        ([str(run), "--models", MODELS], "models is for a weights file, not for a run folder: got models="),
+        ([*own, "--models", MODELS], "models is for a weights file, not for a module:function: got models="),
+        ([*own, *best], "checkpoint is for a run folder, not for a module:function: got checkpoint='best'"),
+        ([str(weights_of(run).parent), *best], "not for a checkpoint or a weights file in a run folder: got"),
+        ([str(weights_of(run)), *best], "not for a checkpoint or a weights file in a run folder: got"),
+        ([str(weights_of(run)), "--models", MODELS, *best], "not for a weights file: got checkpoint='best'"),
+        ([*own, "--checkpoint", "bogus"], "unknown checkpoint 'bogus'; allowed: 'last', 'best'"),
+        ([str(run), "--eps_sweep", "[0, 0.1]"], "eps_sweep must hold radii above 0, got 0"),
+        ([str(run), "--eps_sweep", "[0.1]", "--attack.eps", "0"], "eps_sweep needs attack.eps above 0"),
+    ):
+        assert refusal in failure(capsys, "evaluate", *argv)
+
+
+def test_weights_that_do_not_fit_the_run_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(linear(10, 1).state_dict(), run / "member-0.safetensors")
+    assert "does not fit the models of the run" in failure(capsys, "evaluate", str(run / "member-0.safetensors"))
+
+
+def test_the_files_of_two_checkpoints_do_not_share_a_folder(run: Path, tmp_path: Path) -> None:
+    options = SourceOptions()
+    for name in ("step-000000001", "step-000000002", "step-000000003"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").touch()
+    (tmp_path / "step-000000002" / "average.safetensors").touch()
+    assert [
+        CheckpointSource(tmp_path / path, Run(run), options).folder.name
+        for path in (
+            "step-000000001",
+            "step-000000001/weights.safetensors",
+            "step-000000002/weights.safetensors",
+            "step-000000002/average.safetensors",
+            "step-000000003/weights.safetensors",
+            "other.safetensors",
+        )
+    ] == ["step-000000001", "step-000000001", "step-000000002-weights", "step-000000002", "step-000000003", "other"]
+
+
+def test_the_evaluation_of_another_model_is_not_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_models.py").write_text(USER_MODULE)
+    own = ["my_models:plain", "--data.name", "digits", *QUICK]
+    assert main(["evaluate", str(run), *QUICK, "--out", "out"]) == 0
+    before = (tmp_path / "out" / "evaluation.json").read_bytes()
+    (tmp_path / "out" / "journal").rename(tmp_path / "journal")
+    message = failure(capsys, "evaluate", *own, "--out", "out")
+    assert "'out/evaluation.json' is of another model (weights: " in message
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "evaluation.examples.safetensors",
+        "evaluation.json",
+    ]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").touch()
+    assert "out='new' is a run folder; choose another folder" in failure(capsys, "evaluate", *own, "--out", "new")
 
 
 def test_other_settings_do_not_mix(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

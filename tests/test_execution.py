@@ -212,6 +212,16 @@ def test_what_cannot_run_is_recorded():
     assert list(entry["attack"]["failed"]) == ["vmap", *CANDIDATES["attack"][len(EXECUTIONS) :]]
 
 
+def test_where_no_pass_can_be_captured_the_measuring_goes_on_without(monkeypatch):
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(tuning, "capture", refuse)
+    ensemble = Ensemble([digits_resnet() for _ in range(2)])
+    tuned = tune(ensemble, torch.rand(4, 1, 8, 8), captured=True, remember=False)
+    assert ensemble.tuned == tuned
+
+
 def test_a_broken_or_unwritable_cache_costs_a_warning(tmp_path, monkeypatch, caplog):
     path = tuning.cache_path()
     path.parent.mkdir()

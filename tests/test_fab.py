@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ceat_fast.attacks import FAB
 from ceat_fast.attacks.projection import to_hyperplane
 from ceat_fast.attacks.worklist import Start
+from ceat_fast.ensemble import Ensemble, Execution
 
 ORDERS = {"Linf": torch.inf, "L2": 2.0}
 
@@ -168,3 +169,36 @@ def test_a_plain_image_range_is_kept():
 def test_refuses_settings(options, message):
     with pytest.raises(ValueError, match=message):
         FAB(**options)
+
+
+class OneBackward(Ensemble):
+    """As one that replays CUDA graphs: after a backward pass there is nothing left for another."""
+
+    def execution(self, device, training=None):
+        return Execution("loop", graph=True)
+
+    def member_logits(self, x, per_member=None):
+        return _OneBackward.apply(x, torch.stack([member(x) for member in self.members]))
+
+
+class _OneBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, logits):
+        ctx.passes = 0
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.passes += 1
+        return None, grad if ctx.passes == 1 else torch.full_like(grad, torch.nan)
+
+
+def test_every_gradient_of_a_replayed_graph_has_a_forward_pass_of_its_own():
+    net = small_net()
+    x, y = correct_batch(net, 8)
+    view = OneBackward([net]).eval()
+    search, numbers = FAB(0.1, seed=0).search(view, 0.0, 10), torch.arange(8)
+    rows = search.begin(Start(x, y, torch.full((8,), 0.1).double(), view(x), numbers * 0, noise_key=numbers))
+    _, gradients, passes = search._nearest_boundary(rows)
+    assert passes == (10, 10)
+    assert gradients.isfinite().all()

@@ -315,3 +315,40 @@ def test_a_plain_view_outside_of_its_block(precision: str) -> None:
         view(x)
     with frozen(model, precision) as view:
         assert torch.equal(view(x), before)
+
+
+def test_settings_and_types_of_what_was_folded_make_a_new_view():
+    def changed(change):
+        model = lived_in(Net()).eval()
+        with frozen(model):
+            pass
+        change(model)
+        expected = model(inputs().to(next(model.parameters()).dtype))
+        with frozen(model) as view:
+            got = view(inputs().to(expected.dtype))
+        torch.testing.assert_close(got, expected)
+
+    changed(lambda model: setattr(model.bn1, "eps", 5.0))
+    changed(lambda model: setattr(model, "bn1", nn.GroupNorm(2, 4).double().eval()))
+    changed(lambda model: setattr(model, "bn1", nn.BatchNorm2d(4, track_running_stats=False).double().eval()))
+    changed(lambda model: model.float())
+
+
+def test_auto_precision_is_fp32_where_a_copy_is_impossible(monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3)).eval()
+    assert resolve_precision("auto", model) == "bf16"
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    assert resolve_precision("auto", model) == "fp32"
+    x = inputs().float()
+    with frozen(model, "auto") as view:
+        assert torch.equal(view(x), model(x))
+
+
+def test_a_wrapped_ensemble_is_copied():
+    model = nn.Sequential(nn.Identity(), Ensemble([lived_in(Net()), lived_in(Net())])).eval()
+    expected = model(inputs())
+    with frozen(model) as view:
+        assert view is not model
+        torch.testing.assert_close(view(inputs()), expected)
+    assert Ensemble.runtime_attributes <= vars(model[1]).keys()

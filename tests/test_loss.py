@@ -359,6 +359,20 @@ class TestEnsemble:
         assert loss.item() == pytest.approx(200.0, rel=1e-6)
         torch.testing.assert_close(grad[:, 0].float(), torch.tensor([[-1 / 3, 1 / 3, 0, 0]] * 3), rtol=1e-2, atol=1e-6)
 
+    def test_a_label_that_all_members_rule_out(self, backend: Backend) -> None:
+        """The loss is infinite; its gradient is what it tends to, where the members share it."""
+        impl, device = backend
+        if impl == "torch":
+            pytest.skip("the specification has the difference of two infinities there")
+        logits, _, target = (t.to(device) for t in batch(3, 4, 5))
+        logits[:, 1].scatter_(1, target[1].expand(3, 1), -math.inf)
+        logits.requires_grad_()
+        loss = ensemble_cross_entropy(logits, target, reduction="none", impl=impl)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isposinf().tolist() == [False, True, False, False]
+        expected = (logits[:, 1].detach().softmax(-1) - torch.nn.functional.one_hot(target[1], 5)) / 3
+        torch.testing.assert_close(grad[:, 1], expected)
+
     def test_confident_loss_keeps_its_digits(self, backend: Backend) -> None:
         impl, device = backend
         if impl == "torch":
@@ -528,6 +542,16 @@ def test_derivatives_of_derivatives_in_torch_func(backend: Backend) -> None:
         return [squared, *torch.func.jvp(grad, (weight,), (direction,))]
 
     torch.testing.assert_close(derivatives(impl), derivatives("torch"), rtol=1e-9, atol=1e-12)
+
+
+def test_vmap_over_batches_with_labels_of_their_own(backend: Backend) -> None:
+    impl, device = backend
+    batches = [batch(3, 4, 5, seed=seed) for seed in range(2)]
+    adv, nat, target = (torch.stack(tensors).to(device) for tensors in zip(*batches, strict=True))
+    losses = torch.vmap(lambda a, n, t: ceat_loss(a, n, t, impl=impl))(adv, nat, target)
+    torch.testing.assert_close(
+        losses, torch.stack([ceat_loss(*rows, impl=impl) for rows in zip(adv, nat, target, strict=True)])
+    )
 
 
 def test_backward_twice_with_a_kept_graph(backend: Backend) -> None:

@@ -95,7 +95,7 @@ def test_tuning(traceable: bool) -> None:
     x, y = batch()
     ensemble = Ensemble(members(traceable)).eval()
     tuned = tune(ensemble, x, remember=False)
-    assert str(tuned.attack) and str(tuned.training)
+    assert "channels_last" not in f"{tuned.attack} {tuned.training}"
     assert PGD(steps=2, seed=0)(ensemble, x, y).shape == x.shape
 
 

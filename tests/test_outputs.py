@@ -7,10 +7,13 @@ from functools import partial
 import pytest
 import torch
 from attack_models import correct_batch, small_net
+from torch import nn
 from torch.nn import functional as F
 
+from ceat_fast.attacks import APGD, PGD
 from ceat_fast.attacks.outputs import answers, cross_entropy, gradient, outputs, padded_outputs, padded_size
 from ceat_fast.ensemble import Ensemble
+from ceat_fast.evaluation import evaluate
 
 
 def test_sizes_are_few_and_add_at_most_half():
@@ -52,3 +55,53 @@ def test_gradient_of_each_row_is_its_own():
     _, alone, own = gradient(model, x[2:3], partial(cross_entropy, label=y[2:3]))
     assert torch.allclose(losses[2:3], alone)
     assert torch.allclose(grad[2:3], own)
+
+
+class FirstMember(Ensemble):
+    """A subclass with an output of its own."""
+
+    def forward(self, x):
+        return self.members[0](x)
+
+
+def hooked(members):
+    ensemble = Ensemble(members)
+    ensemble.register_forward_pre_hook(lambda module, args: (1 - args[0],))
+    return ensemble
+
+
+def with_own_forward(members):
+    ensemble = Ensemble(members)
+    ensemble.forward = lambda x: Ensemble.forward(ensemble, 1 - x)
+    return ensemble
+
+
+class Wrapped(nn.Module):
+    """The same function as a plain module."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize("make", [FirstMember, hooked, with_own_forward])
+def test_what_an_ensemble_computes_by_itself_is_what_is_attacked_and_judged(make):
+    torch.manual_seed(0)
+    members = [small_net() for _ in range(2)]
+    for member in members:
+        nn.init.normal_(member[1].weight, std=0.5)
+    ensemble = make(members).eval()
+    plain = Wrapped(ensemble.__call__).eval()
+    x, y = torch.rand(40, 1, 6, 6, dtype=torch.float64), torch.randint(10, (40,))
+    for attack in (PGD(0.1, 0.03, 5, seed=0), APGD(0.1, steps=5, seed=0)):
+        assert torch.equal(attack(ensemble, x, y), attack(plain, x, y))
+    attacks = {"PGD": PGD(0.1, 0.03, 5, seed=0)}
+    ours, right = (evaluate(model, x, y, attacks) for model in (ensemble, plain))
+    for own, other in zip(ours.scores, right.scores, strict=True):
+        assert (own.subject, own.attack) == (other.subject, other.attack)
+        assert torch.equal(own.correct, other.correct)
+    with pytest.raises(TypeError, match="hooks or a forward of its own"):
+        PGD(goal="members")(ensemble, x, y)

@@ -28,6 +28,7 @@ from ceat_fast.attacks.search_attack import SearchAttack
 from ceat_fast.attacks.targets import likely_wrong
 from ceat_fast.attacks.worklist import Passes, Rows, Search, Start, fresh
 from ceat_fast.checks import require_ints, require_number
+from ceat_fast.ensemble import is_ensemble
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ class FABSearch(Search[FABRows]):
         self.cost = 3  # two passes forwards and one back
         self.minimal = settings.minimal
         self._classes = classes
-        # The backward pass of a compiled module frees what a second one would need.
         self._is_compiled = any(hasattr(module, "_orig_mod") for module in view.modules())
         self._purpose = (settings.seed, name_key(settings.name))
 
@@ -125,12 +125,16 @@ class FABSearch(Search[FABRows]):
             shortest = torch.where(nearer, distance, shortest)
             nearest_gap = torch.where(nearer, gap, nearest_gap)
             nearest_grad = torch.where(per_sample(nearer, grad.dim() - 1), grad, nearest_grad)
-        return nearest_gap, nearest_grad, (self._classes if self._is_compiled else 1, self._classes)
+        return nearest_gap, nearest_grad, (self._classes if self._is_differentiable_once(rows) else 1, self._classes)
+
+    def _is_differentiable_once(self, rows: FABRows) -> bool:
+        """Whether a backward pass frees what a second one would need: those of compiled modules and CUDA graphs do."""
+        return self._is_compiled or (is_ensemble(self.view) and self.view.execution(rows.x.device).graph)
 
     def _boundaries(self, rows: FABRows) -> Iterator[tuple[Tensor, Tensor]]:
         """(z_k - z_y, its gradient) for k = 0, 1, ..."""
         others = [torch.full_like(rows.y, number) for number in range(self._classes)]
-        if self._is_compiled:
+        if self._is_differentiable_once(rows):
             for other in others:
                 yield gradient(self.view, rows.point, partial(_gap, target=other, label=rows.y))[1:]
             return

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ceat_fast.attacks.outputs import plain_logits
-from ceat_fast.ensemble import Ensemble
+from ceat_fast.attacks.outputs import plain_logits, require_gradient
+from ceat_fast.ensemble import is_ensemble
 from ceat_fast.ops import dispatch, reference
 
 GOALS = ("ensemble", "members")
@@ -58,7 +58,7 @@ class Objective:
     ) -> None:
         self.searches = 1  # how many inputs per sample the goal asks for
         if goal == "members":
-            assert isinstance(model, Ensemble)
+            assert is_ensemble(model)
             self.searches = len(model.members)
         self.model = model
         self.goal = goal
@@ -75,6 +75,7 @@ class Objective:
         """
         x = x.detach().requires_grad_()
         logits = self._logits(x if transform is None else transform(x))
+        require_gradient(logits)
         if self.loss == "ce":
             label = self.labels if self.target is None else self.target
             losses, outer = dispatch.ensemble_cross_entropy(logits.detach(), label, _PER_SAMPLE)
@@ -125,7 +126,7 @@ class Objective:
         return logits.to(reference.compute_dtype(logits.dtype))
 
     def _output(self, x: Tensor) -> Tensor:
-        if not isinstance(self.model, Ensemble):
+        if not is_ensemble(self.model):
             return plain_logits(self.model, x).unsqueeze(0)
         if self.goal == "members":
             return self.model.member_logits(x, per_member=True).flatten(0, 1).unsqueeze(0)

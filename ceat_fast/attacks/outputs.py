@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ceat_fast.ensemble import Ensemble
+from ceat_fast.ensemble import is_ensemble
 from ceat_fast.ops import reference
 
 Loss = Callable[[Tensor], Tensor]  # outputs (N, K) -> (N,)
@@ -44,7 +44,7 @@ def padded_size(count: int) -> int:
 
 def answers(model: nn.Module, x: Tensor) -> Tensor:
     """`outputs` without history."""
-    if x.is_cuda and isinstance(model, Ensemble) and model.execution(x.device).graph:
+    if x.is_cuda and is_ensemble(model) and model.execution(x.device).graph:
         with torch.enable_grad():  # graphs are captured for inputs that want a gradient; it costs no backward pass
             return outputs(model, x.detach().requires_grad_()).detach()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def answers(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(model, Ensemble):
+    if is_ensemble(model):
         return model.combine(model.member_logits(x, per_member=False))
     logits = plain_logits(model, x)
     return logits.to(reference.compute_dtype(logits.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ceat_fast.ensemble.ensemble import AVERAGES, Ensemble
+from ceat_fast.ensemble.ensemble import AVERAGES, Ensemble, is_ensemble
 from ceat_fast.ensemble.execution import Execution, Tuned
 from ceat_fast.ensemble.frozen import PRECISIONS, frozen, resolve_precision, unfolded
 from ceat_fast.ensemble.tuning import tune
@@ -14,6 +14,7 @@ __all__ = [
     "Execution",
     "Tuned",
     "frozen",
+    "is_ensemble",
     "resolve_precision",
     "tune",
     "unfolded",

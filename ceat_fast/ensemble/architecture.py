@@ -40,12 +40,16 @@ def _same_architecture(a: nn.Module, b: nn.Module) -> bool:
 
 
 def same_configuration(a: nn.Module, b: nn.Module) -> bool:
-    """Same class and, beside tensors and submodules, the same attributes."""
-    extra_a = {name: value for name, value in vars(a).items() if name not in _MODULE_ATTRIBUTES}
-    extra_b = {name: value for name, value in vars(b).items() if name not in _MODULE_ATTRIBUTES}
+    """Same class and, beside tensors and submodules, the same attributes but for `runtime_attributes` of the class."""
+    extra_a, extra_b = _attributes(a), _attributes(b)
     return (
         type(a) is type(b) and extra_a.keys() == extra_b.keys() and all(map(_equal, extra_a.values(), extra_b.values()))
     )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    without = _MODULE_ATTRIBUTES | getattr(type(module), "runtime_attributes", frozenset())
+    return {name: value for name, value in vars(module).items() if name not in without}
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ceat_fast.choices import require_choice
-from ceat_fast.ensemble.architecture import group_members
+from ceat_fast.ensemble.architecture import group_members, has_hooks
 from ceat_fast.ensemble.convolutions import is_traced, is_transformed, winograd_convolutions
 from ceat_fast.ensemble.execution import AUTO, Execution, Tuned, default_execution
 from ceat_fast.ensemble.folding import refuse
@@ -52,6 +52,11 @@ class Ensemble(nn.Module):
     Raises:
         ValueError: no members, an unknown backend or average, or a member with uninitialised (lazy) parameters.
     """
+
+    # What a copy makes anew.
+    runtime_attributes = frozenset(
+        {"_groups", "_compiled", "captures", "_graphs", "_fused", "_trained", "_not_fusable", "_format"}
+    )
 
     def __init__(self, members: Sequence[nn.Module], backend: str = "auto", average: str = "prob") -> None:
         super().__init__()
@@ -181,7 +186,7 @@ class Ensemble(nn.Module):
         outputs: dict[int, Tensor] = {}
         for group in self._current_groups():
             whole = len(group.indices) == count
-            inputs = x if whole or not per_member else x[list(group.indices)]
+            inputs = _rows_of(x, group.indices) if per_member else x
             inputs = channels_last(inputs) if execution.on_channels_last else inputs
             output = group.run(inputs, per_member, must_batch=self.backend != AUTO, compiled=execution.compile)
             if whole and isinstance(output, Tensor) and output.dim() == 3:
@@ -276,6 +281,16 @@ class Ensemble(nn.Module):
         return f"backend={self.backend!r}, average={self.average!r}"
 
 
+def is_ensemble(model: nn.Module) -> TypeGuard[Ensemble]:
+    """Whether the model's output is `combine` of its `member_logits`: an `Ensemble` without hooks or another forward.
+
+    What attacks and verdicts know about ensembles is true of these; all others are modules with logits out.
+    """
+    if not isinstance(model, Ensemble) or "forward" in vars(model) or has_hooks(model):
+        return False
+    return type(model).forward is Ensemble.forward
+
+
 def _is_current(groups: Sequence[MemberGroup], members: Sequence[nn.Module]) -> bool:
     grouped = {index: member for group in groups for index, member in zip(group.indices, group.members, strict=True)}
     return grouped == dict(enumerate(members)) and all(group.is_current() for group in groups)
@@ -285,9 +300,14 @@ def _run_groups(groups: Sequence[tuple[list[int], Callable[[Tensor], Tensor]]], 
     """Networks of the members at these indices, (M' * B, ...) -> (M' * B, K), on x of all; -> (M, B, K)."""
     outputs: dict[int, Tensor] = {}
     for indices, run in groups:
-        rows = x[indices] if per_member else x.expand(len(indices), *x.shape)
+        rows = _rows_of(x, indices) if per_member else x.expand(len(indices), *x.shape)
         outputs.update(zip(indices, run(rows.flatten(0, 1)).chunk(len(indices)), strict=True))
     return _stack_logits([outputs[index] for index in range(len(outputs))])
+
+
+def _rows_of(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """`x[indices]` without indices on the device, whose copy a CUDA graph could not hold."""
+    return x if list(indices) == list(range(len(x))) else torch.stack([x[index] for index in indices])
 
 
 def _stack_logits(outputs: Sequence[Any]) -> Tensor:

@@ -75,8 +75,10 @@ class FoldedCopy:
             _require_unchanged(module, source)
         if self._pairs:
             self._eps = _all_eps([module.get_submodule(pair.norm) for pair in self._pairs])
+        self._norms = {pair.norm: module.get_submodule(pair.norm) for pair in self._pairs}
         for pair in self._pairs:
             _remove_norm(module, pair)
+        self._dtype = dtype
         self.module = module.to(dtype=dtype).to(memory_format=memory_format)
         gone = {pair.norm for pair in self._pairs}
         self.unfolded = [f"{name}: {reason}" for name in norms if name not in gone]
@@ -86,18 +88,21 @@ class FoldedCopy:
         self._refusal: RemovableHandle | None = None
 
     def is_current(self, source: nn.Module) -> bool:
-        """Whether `source` still has the structure, settings, shapes and devices that were copied."""
-        ours, theirs = dict(self.module.named_modules()), dict(source.named_modules())
-        gone = {pair.norm for pair in self._pairs}
+        """Whether `source` still has the structure, settings, shapes, types and devices that were copied."""
+        ours, theirs = dict(self.module.named_modules()) | self._norms, dict(source.named_modules())
         if ours.keys() != theirs.keys() or any(map(has_hooks, theirs.values())):
             return False
-        if not all(name in gone or same_configuration(ours[name], theirs[name]) for name in ours):
+        if not all(same_configuration(ours[name], theirs[name]) for name in ours):
+            return False
+        if not all(_can_fold(theirs[pair.convolution], theirs[pair.norm]) for pair in self._pairs):
             return False
         here, there = _tensors(self.module), _tensors(source)
-        return all(
-            name in there and here[name].shape == there[name].shape and here[name].device == there[name].device
-            for name in self._names
-        )
+        names = [*self._names, *(f"{pair.convolution}.weight" for pair in self._pairs)]
+        return all(name in there and self._is_alike(here[name], there[name]) for name in names)
+
+    def _is_alike(self, own: Tensor, other: Tensor) -> bool:
+        same_type = self._dtype is not None or own.dtype == other.dtype
+        return same_type and own.shape == other.shape and own.device == other.device
 
     @torch.no_grad()
     def refresh(self, source: nn.Module) -> None:

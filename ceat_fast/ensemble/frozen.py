@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
-from ceat_fast.ensemble.ensemble import Ensemble
+from ceat_fast.ensemble.ensemble import Ensemble, is_ensemble
 from ceat_fast.ensemble.execution import AUTO, default_execution
 from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
 from ceat_fast.ensemble.fused import FusedMembers
@@ -39,7 +39,8 @@ def frozen(model: nn.Module, precision: str = "fp32", *, bn_mode: str = "eval") 
     Args:
         model: an `Ensemble`, which yields an `Ensemble`, or any module.
         precision: what the copy computes in. "fp32" leaves the model's own type; "bf16" and "fp16" cast weights and
-            inputs, and give fp32 logits; "auto" is bf16 where the device has instructions for it, else "fp32".
+            inputs, and give fp32 logits; "auto" is bf16 where the device has instructions for it and the model can be
+            copied, else "fp32".
         bn_mode: "eval" normalises by the running statistics, "batch" by those of the attacked batch.
 
     Raises:
@@ -58,7 +59,19 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.dtype != torch.float32:
         return "fp32"
-    return "bf16" if _has_bf16(parameter.device) else "fp32"
+    return "bf16" if _has_bf16(parameter.device) and _can_be_copied(model, "bf16") else "fp32"
+
+
+def _can_be_copied(model: nn.Module, precision: str) -> bool:
+    with _entrance:
+        views = _views.setdefault(model, {})
+        key = precision, BN_MODES[0]
+        if key not in views or not views[key].is_current(model):
+            try:
+                views[key] = _View(model, *key)
+            except ValueError:
+                return False
+        return True
 
 
 def unfolded(model: nn.Module) -> list[str]:
@@ -120,7 +133,7 @@ class _View:
         if self._ensemble_settings != _ensemble_settings(model) or len(parts) != len(self._copies):
             return False
         current = [self.module]
-        if type(model) is Ensemble and isinstance(self.module, Ensemble):
+        if _is_copied_by_member(model) and isinstance(self.module, Ensemble):
             current = list(self.module.members)
         return all(
             c.is_current(part) if c is not None else part is own
@@ -174,9 +187,14 @@ def _current_view(model: nn.Module, precision: str, bn_mode: str) -> _View:
 
 def _parts(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     """What is copied by itself, with a name for messages."""
-    if type(model) is Ensemble:  # a subclass may compute its output in a way of its own
+    if _is_copied_by_member(model):
         return [(f"member {m}", member) for m, member in enumerate(model.members)]
     return [(type(model).__name__, model)]
+
+
+def _is_copied_by_member(model: nn.Module) -> TypeGuard[Ensemble]:
+    """A subclass may compute its output in a way of its own."""
+    return type(model) is Ensemble and is_ensemble(model)
 
 
 def _ensemble_settings(model: nn.Module) -> tuple[Any, ...]:
@@ -192,7 +210,7 @@ def _memory_format(model: nn.Module, dtype: torch.dtype | None) -> torch.memory_
 
 
 def _assemble(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module:
-    if type(model) is not Ensemble:
+    if not _is_copied_by_member(model):
         return _Module(modules[0], dtype)
     if dtype is None:
         view = Ensemble(modules, model.backend, model.average)
@@ -235,7 +253,8 @@ class _Module(nn.Module):
             except NotFusableError:
                 self._is_fusable = False
         with winograd_convolutions(on_cpu, x.device):
-            return self._format.run(lambda rows: self.module(*rows), [x], self.module, own=True)
+            logits: Tensor = self._format.run(lambda rows: self.module(*rows), [x], self.module, own=True)
+        return logits
 
     def weights_changed(self) -> None:
         self._is_released = False

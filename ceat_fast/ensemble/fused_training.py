@@ -8,7 +8,7 @@ ReLU behind it along. Autograd ties the layers together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,28 +94,35 @@ class FusedTraining:
         return self._layers.run(x)
 
     def _prove(self, x: Tensor) -> None:
-        parameters = [parameter for member in self.members for parameter in member.parameters()]
-        buffers = [buffer for member in self.members for buffer in member.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        found: list[dict[str, Sequence[Tensor]]] = []
-        devices = range(torch.cuda.device_count())
-        for call in (self._layers.run, self._plainly, self._exactly):
-            # Equal draws: what they decide must not pass for rounding.
-            with torch.enable_grad(), torch.random.fork_rng(devices):
-                torch.manual_seed(0)
-                logits = call(x)
-                outer = torch.linspace(-1, 1, logits.numel(), device=x.device).view_as(logits).to(logits.dtype)
-                grads = torch.autograd.grad(logits, parameters, outer)
-            moved = [buffer.clone() for buffer in buffers]
-            found.append({"outputs": [logits.detach()], "running statistics": moved, "gradients": grads})
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-        ours, plain, exact = found
+        ours, plain, exact = (self._pass(call, x) for call in (self._layers.run, self._plainly, self._exactly))
         if ours["outputs"][0].shape != exact["outputs"][0].shape:
             raise NotFusableError("outputs have another shape than the members'")
         for what, slack in _SLACK.items():
             if not is_as_close(ours[what], plain[what], exact[what], slack):
                 raise NotFusableError(f"{what} in train mode are not those of the members")
+
+    def _pass(self, call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Sequence[Tensor]]:
+        """What a pass gives and leaves; buffers are as before afterwards."""
+        parameters = [parameter for member in self.members for parameter in member.parameters()]
+        buffers = [buffer for member in self.members for buffer in member.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            # Equal draws: what they decide must not pass for rounding.
+            with torch.enable_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+                torch.manual_seed(0)
+                logits = call(x)
+                outer = torch.linspace(-1, 1, logits.numel(), device=x.device).view_as(logits).to(logits.dtype)
+                grads = torch.autograd.grad(logits, parameters, outer)
+            moved = [buffer.clone() for buffer in buffers if buffer.is_floating_point()]  # counters outweigh all else
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotFusableError(f"the members do not run as they are, or not in fp32: {error}") from error
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+        return {"outputs": [logits.detach()], "running statistics": moved, "gradients": grads}
 
     def _plainly(self, x: Tensor) -> Tensor:
         return torch.cat([member(part) for member, part in zip(self.members, x.chunk(len(self.members)), strict=True)])

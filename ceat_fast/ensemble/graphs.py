@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,7 +24,7 @@ def capture(call: Callable[[], Result]) -> Callable[[], Result]:
         RuntimeError: it waits for the device, or works on memory that a graph cannot use.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _pool() as pool, torch.cuda.graph(graph, pool=pool):
         result = call()
 
     def replay(owner: object = call) -> Result:  # what the call works on must live as long as the graph
@@ -31,6 +32,19 @@ def capture(call: Callable[[], Result]) -> Callable[[], Result]:
         return result
 
     return replay
+
+
+@contextmanager
+def _pool() -> Iterator[Any]:
+    """A memory pool for a capture. After one that fails, torch stays on the capture's stream and in its pool."""
+    stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    try:
+        yield pool
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):  # later versions of torch have left the pool by themselves
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
 
 
 def beside(call: Callable[[], Result], device: torch.device) -> Result:
@@ -76,7 +90,8 @@ class GraphedCalls:
 
         def make() -> Call:
             sample = x.detach().clone().requires_grad_()
-            return cast(Call, torch.cuda.make_graphed_callables(call, (sample,)))
+            with _pool() as pool:
+                return cast(Call, torch.cuda.make_graphed_callables(call, (sample,), pool=pool))
 
         graphed = self._calls.get((key, x.shape, x.stride(), x.dtype, x.device), make)
         # The graph's own buffers are overwritten by its next replay.

@@ -68,7 +68,7 @@ class MemberGroup:
         self.indices = tuple(indices)
         self.members = tuple(members)
         self.refusal: str | None = None  # why vmap cannot run these members, once that is known
-        self._proved_modes: set[tuple[bool, bool]] = set()  # (training, compiled)
+        self._proved_modes: set[tuple[bool, bool, bool]] = set()  # (training, compiled, per_member)
         self._modules = [list(member.modules()) for member in members]
         self._children = self._current_children()
         self._tensors = self._current_tensors()
@@ -101,10 +101,11 @@ class MemberGroup:
                 raise RuntimeError(f"backend='vmap' cannot run {self._describe()}: {obstacle}; {_REMEDY}")
             return self._run_loop(x, per_member)
         training = any(module.training for module in self._modules[0])
-        if (training, compiled) in self._proved_modes:
+        mode = training, compiled, per_member
+        if mode in self._proved_modes:
             return self._run_vmap(x, per_member, compiled)
         output = self._try_vmap(x, per_member, must_batch, compiled)
-        self._proved_modes.add((training, compiled))
+        self._proved_modes.add(mode)
         return output
 
     def _try_vmap(self, x: Tensor, per_member: bool, must_batch: bool, compiled: bool) -> Outputs:

@@ -147,6 +147,8 @@ def candidates(
 def _measure(kind: str, ensemble: Ensemble, x: Tensor, work: Work) -> dict[str, Any]:
     """The choice for one kind of work, the seconds of every candidate, and why others cannot do it."""
     times, failed = _race(kind, ensemble, x, work, candidates(x.device, kind, work.captured, work.training_precision))
+    if not times and work.captured:  # members that no graph can hold: the step will run without one
+        return _measure(kind, ensemble, x, work._replace(captured=False))
     compiled_measured = bool(times) and min(times.values()) * work.count(kind) > COMPILE_PAYS_AFTER
     if compiled_measured:
         best = Execution.parse(min(times, key=times.__getitem__))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ceat_fast.attacks import PGD, keyed_uniform
 from ceat_fast.attacks.noise import name_key
 from ceat_fast.attacks.objective import Objective
-from ceat_fast.ensemble import Ensemble, frozen
+from ceat_fast.ensemble import frozen, is_ensemble
 from ceat_fast.evaluation.result import FLAG, NOT_RUN, OK, Check
 from ceat_fast.evaluation.verdicts import ENSEMBLE, MEMBERS, judge, perturb, subject_logits, subjects_of
 
@@ -166,7 +166,7 @@ class Probe:
 
     def transfer_from_members(self) -> Check:
         """Inputs made against a member alone do not fool the ensemble more than inputs made against the ensemble."""
-        if not isinstance(self.model, Ensemble) or len(self.model.members) < 2:
+        if not is_ensemble(self.model) or len(self.model.members) < 2:
             return Check("transfer from members", NOT_RUN, "only for ensembles of at least two")
         x_adv = perturb(self.reference, self.model, MEMBERS, self.x, self.y, self.index)
         correct = [judge(self.model, ENSEMBLE, row.unsqueeze(0), self.y, self.index)[0] for row in x_adv]

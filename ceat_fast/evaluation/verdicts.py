@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ceat_fast.attacks import parse_budget
 from ceat_fast.attacks.outputs import plain_logits
 from ceat_fast.attacks.result import AttackResult
-from ceat_fast.ensemble import Ensemble
+from ceat_fast.ensemble import is_ensemble
 from ceat_fast.ops import reference
 
 Attack = Callable[..., Tensor]  # attack(model, x, y, index=...) -> x_adv, a dataclass of its settings
@@ -48,7 +48,7 @@ class Verdicts(NamedTuple):
 
 def subjects_of(model: nn.Module, members: bool = True) -> dict[str, list[str]]:
     """Names of the subjects that are judged on the inputs of each goal."""
-    if not isinstance(model, Ensemble):
+    if not is_ensemble(model):
         return {ENSEMBLE: ["model"]}
     names = {ENSEMBLE: ["ensemble"], MEMBERS: [f"member {m}" for m in range(len(model.members))]}
     return names if members else {ENSEMBLE: names[ENSEMBLE]}
@@ -74,7 +74,7 @@ def run_attack(
         ValueError: the attack left its ball or [0, 1], so that its result would mean nothing.
     """
     if goal == MEMBERS and not _has(attack, "goal"):
-        assert isinstance(model, Ensemble)
+        assert is_ensemble(model)
         count = len(model.members)
         attacked = [
             _attack(attack, member, x, y, index, within(tell, m / count, 1 / count))
@@ -142,7 +142,7 @@ def judge(model: nn.Module, goal: str, x: Tensor, y: Tensor, index: Tensor) -> t
 @torch.no_grad()
 def subject_logits(model: nn.Module, goal: str, x: Tensor) -> Tensor:
     """(S, B, K) of the subjects of the goal; x is (S, B, ...), or (1, B, ...) for all."""
-    if goal == MEMBERS and isinstance(model, Ensemble):
+    if goal == MEMBERS and is_ensemble(model):
         shared = len(x) == 1
         logits: Tensor = model.member_logits(x[0] if shared else x, per_member=not shared)
     else:

@@ -34,7 +34,9 @@ def peer_filter(logits: Tensor, labels: Tensor, samples: str) -> Tensor:
     members = len(correct)
     if samples == "all" or members == 1:
         return torch.full_like(correct, samples in ("all", "consistent", "F3"))
-    peers = torch.tensor([[j for j in range(members) if j != m] for m in range(members)], device=correct.device)
+    # Made on the device, for the sake of CUDA graphs: row m counts from 0 and leaves m out.
+    numbers = torch.arange(members, device=correct.device)
+    peers = numbers[:-1] + (numbers[:-1] >= numbers[:, None])
     verdicts = correct[peers]  # (M, M - 1, B)
     right, wrong, first = verdicts.all(1), ~verdicts.any(1), verdicts[:, 0]
     mixed = ~right & ~wrong

@@ -55,7 +55,8 @@ _convolve_into = torch.ops.ceat_fast.member_convolution_into_native.default
 def missing(device_type: str, dtype: torch.dtype) -> str | None:
     """None where one of the kernels runs for this type, else the reason in one line."""
     if device_type != "cpu":
-        return triton_backend.missing(device_type)
+        has_none = f"the kernels for GPUs are for types of at most 4 bytes, not for {dtype}"
+        return has_none if dtype == torch.float64 else triton_backend.missing(device_type)
     if dtype not in _CPU_TYPES:
         return f"the kernels for the CPU are for torch.float32 and torch.bfloat16, not for {dtype}"
     return native.missing("cpu")
