@@ -67,7 +67,8 @@ def measure_growth(setting: Setting, quick: bool, rounds: int) -> list[dict[str,
             every = pgd_candidates(at, compiled=False)
             candidates = {way: every[way] for way in ("author", "ceat_fast")}
             timings = compare(candidates, rounds=rounds, device=at.device)
-            bytes_at_peak = {way: allocated(call, at.device) for way, call in candidates.items()}
+            new = pgd_candidates(at, compiled=False) if at.device.startswith("cuda") else candidates
+            bytes_at_peak = {way: allocated(new[way], at.device) for way in candidates}
             results.append({"varied": name} | record(at, timings) | {"peak_bytes": bytes_at_peak})
     return results
 

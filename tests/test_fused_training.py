@@ -203,6 +203,17 @@ class MixesSamples(nn.Module):
         return self.inner(x - x.mean(0))
 
 
+class OfOneType(MixesSamples):
+    """Runs in autocast alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1, bias=False)
+
+    def forward(self, x):
+        return self.inner(self.first(x.to(torch.bfloat16)))
+
+
 def _in_eval_mode():
     module = digits_resnet(5, 3)
     module.bn1.eval()
@@ -222,14 +233,15 @@ def _hooked():
 
 
 @on_kernels
-@pytest.mark.parametrize("build", [MixesSamples, _in_eval_mode, _partly_frozen, _hooked])
+@pytest.mark.parametrize("build", [MixesSamples, OfOneType, _in_eval_mode, _partly_frozen, _hooked])
 def test_what_has_to_run_another_way(build):
     members = [build().to(DEVICE) for _ in range(2)]
     if build is not _in_eval_mode:
         members = [member.train() for member in members]
     before = [buffer.clone() for member in members for buffer in member.buffers()]
     x = draw(8, 3, 8, 8)
-    with pytest.raises(NotFusableError):
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=build is OfOneType)
+    with autocast, pytest.raises(NotFusableError, match="not in fp32" if build is OfOneType else ""):
         FusedTraining(members, x[:4], torch.float32)(x)
     after = [buffer for member in members for buffer in member.buffers()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
