@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "../scalar_math.h"
 
@@ -124,17 +125,29 @@ CEAT_HD VecD exp_nonpositive(VecD x) { return each_lane<::exp>(x); }
 CEAT_HD VecD exp_any(VecD x) { return each_lane<::exp>(x); }
 CEAT_HD VecD log1p_nonnegative(VecD t) { return each_lane<::log1p>(t); }
 
+// Lanes first, first + 1, ... of v. Not by memcpy where there is a choice: what has its address taken stays in memory,
+// also in the loop that adds it up.
+template <class Part, int first, class V, int... lane>
+CEAT_HD Part part_of(V v, std::integer_sequence<int, lane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(v, v, (first + lane)...);
+#else
+  Part part;
+  for (int i = 0; i < int(sizeof...(lane)); ++i) part[i] = v[first + i];
+  return part;
+#endif
+}
+
 // The lanes of v combined by halves: few instructions, and rounding that grows with their logarithm only.
 template <class T, int count, class V, class Combine>
 CEAT_HD T fold_lanes(V v, Combine combine) {
   if constexpr (count == 2) {
     return combine(v[0], v[1]);
   } else {
-    typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
-    Half low, high;
-    std::memcpy(&low, &v, sizeof(Half));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
-    return fold_lanes<T, count / 2>(combine(low, high), combine);
+    constexpr int kHalf = count / 2;
+    typedef T Half __attribute__((vector_size(kHalf * sizeof(T))));
+    using Lanes = std::make_integer_sequence<int, kHalf>;
+    return fold_lanes<T, kHalf>(combine(part_of<Half, 0>(v, Lanes{}), part_of<Half, kHalf>(v, Lanes{})), combine);
   }
 }
 
