@@ -22,20 +22,26 @@ using ceat_cpu::ScaleProblem;
 using ceat_cpu::Scratch;
 using ceat_cpu::Shape;
 
-// Fills `tile` with the row's exponentials, zero at the true class, and returns its softmax.
+// Fills `tile` with the rows' exponentials, zero at the true class, and returns their softmax.
 template <class L, class T, class In, class V = VecOf<T>>
-CEAT_HD SoftmaxRow<V> exponentiate(const L& layout, const In* row, int64_t sample_stride, T* tile, int64_t steps) {
-  const V max = layout.load_row(row, sample_stride, tile);
-  const V true_logit = layout.true_class(tile);
-  layout.set_true_class(tile, V{} - std::numeric_limits<T>::infinity());
-  V other{};
-  for (int64_t i = 0; i < steps; ++i) {
-    T* at = tile + i * kLanes<T>;
-    const V e = exp_nonpositive(load<V>(at) - max);
-    other += e;
-    store(at, e);
+CEAT_HD SoftmaxRow<V> exponentiate(const L& layout, const In* rows, int64_t sample_stride, T* tile) {
+  const int64_t strip = L::strip(layout.classes), strips = L::strips(layout.samples);
+  V max{}, true_logit{}, other{};
+  for (int64_t s = 0; s < strips; ++s) {
+    T* const at = tile + s * strip;
+    const V largest = layout.load_strip(rows + s * sample_stride, sample_stride, at);
+    L::put(s, largest, max);
+    L::put(s, layout.true_class(at, s), true_logit);
+    layout.rule_out_true_class(at, s);
+    V sum{};
+    for (int64_t i = 0; i < strip; i += kLanes<T>) {
+      const V e = exp_nonpositive(load<V>(at + i) - largest);
+      sum += e;
+      store(at + i, e);
+    }
+    L::put(s, L::row_sum(sum), other);
   }
-  return softmax_row(max, true_logit, exp_nonpositive(true_logit - max), L::row_sum(other));
+  return softmax_row(max, true_logit, exp_nonpositive(true_logit - max), other);
 }
 
 template <class V>
@@ -47,17 +53,25 @@ struct MemberState {
 
 // Turns exponentials into residuals, zero at the true class, and returns the sums over all classes.
 template <class L, class T, class V = VecOf<T>>
-CEAT_HD DistanceSums<V> residuals(const SoftmaxRow<V>& adv, const SoftmaxRow<V>& nat, T* adv_tile, T* nat_tile,
-                                  int64_t steps) {
+CEAT_HD DistanceSums<V> residuals(const L& layout, const SoftmaxRow<V>& adv, const SoftmaxRow<V>& nat, T* adv_tile,
+                                  T* nat_tile) {
+  const int64_t strip = L::strip(layout.classes), strips = L::strips(layout.samples);
   auto sums = DistanceSums<V>::zero();
-  for (int64_t i = 0; i < steps; ++i) {
-    T *b_at = adv_tile + i * kLanes<T>, *a_at = nat_tile + i * kLanes<T>;
-    const V b = load<V>(b_at) * adv.inv_sum, a = load<V>(a_at) * nat.inv_sum;
-    add_class(sums, a, b);
-    store(b_at, b);
-    store(a_at, a);
+  for (int64_t s = 0; s < strips; ++s) {
+    T *b_at = adv_tile + s * strip, *a_at = nat_tile + s * strip;
+    const V b_inverse = L::spread(adv.inv_sum, s), a_inverse = L::spread(nat.inv_sum, s);
+    auto of_strip = DistanceSums<V>::zero();
+    for (int64_t i = 0; i < strip; i += kLanes<T>) {
+      const V b = load<V>(b_at + i) * b_inverse, a = load<V>(a_at + i) * a_inverse;
+      add_class(of_strip, a, b);
+      store(b_at + i, b);
+      store(a_at + i, a);
+    }
+    L::put(s, L::row_sum(of_strip.nat), sums.nat);
+    L::put(s, L::row_sum(of_strip.adv), sums.adv);
+    L::put(s, L::row_sum(of_strip.db), sums.db);
+    L::put(s, L::row_sum(of_strip.da), sums.da);
   }
-  sums = {L::row_sum(sums.nat), L::row_sum(sums.adv), L::row_sum(sums.db), L::row_sum(sums.da)};
   add_class(sums, nat.true_residual, adv.true_residual);
   return sums;
 }
@@ -78,11 +92,16 @@ CEAT_HD void weigh(const CeatSettings& s, MemberState<V>* states, V* true_residu
 
 template <class L, class T, class Out, class V = VecOf<T>>
 CEAT_HD void write_gradients(const L& layout, const GradientRow<V>& g, const MemberState<V>& state, const T* adv_tile,
-                             const T* nat_tile, int64_t steps, Out* adv_out, Out* nat_out) {
-  for (int64_t i = 0; i < steps; ++i) {
-    const V b = load<V>(adv_tile + i * kLanes<T>), a = load<V>(nat_tile + i * kLanes<T>);
-    layout.store_classes(i, adv_gradient(g, a, b), adv_out);
-    layout.store_classes(i, nat_gradient(g, a, b), nat_out);
+                             const T* nat_tile, Out* adv_out, Out* nat_out) {
+  const int64_t strip = L::strip(layout.classes), strips = L::strips(layout.samples);
+  for (int64_t s = 0; s < strips; ++s) {
+    const GradientRow<V> of_strip{L::spread(g.ce, s),         L::spread(g.nat, s),      L::spread(g.adv, s),
+                                  L::spread(g.adv_to_nat, s), L::spread(g.adv_base, s), L::spread(g.nat_base, s)};
+    for (int64_t i = 0; i < strip; i += kLanes<T>) {
+      const V b = load<V>(adv_tile + s * strip + i), a = load<V>(nat_tile + s * strip + i);
+      layout.store_classes(s, i / kLanes<T>, adv_gradient(of_strip, a, b), adv_out);
+      layout.store_classes(s, i / kLanes<T>, nat_gradient(of_strip, a, b), nat_out);
+    }
   }
   layout.store_true_class(true_adv_gradient(g, state.sums, state.adv), adv_out);
   layout.store_true_class(true_nat_gradient(g, state.sums, state.nat), nat_out);
@@ -110,7 +129,7 @@ void ceat_loss(const CeatProblem& p, int64_t begin, int64_t end) {
   const auto& in = p.settings;
   const CeatSettings s{in.ce_coefficient, in.nat_coefficient, in.adv_coefficient, in.nat_exponent, in.adv_exponent,
                        in.max_weight,     in.pair_reduction,  in.reduction,       in.detach_nat};
-  const int64_t steps = L::steps(classes), row = steps * kLanes<T>;
+  const int64_t most = L::most_samples(classes, members), row = L::strip(classes) * L::strips(most);
 
   Scratch scratch(2 * Scratch::round_up(members * row * sizeof(T)) + members * (sizeof(MemberState<V>) + sizeof(V)) +
                   256);
@@ -119,16 +138,16 @@ void ceat_loss(const CeatProblem& p, int64_t begin, int64_t end) {
   auto* states = scratch.take<MemberState<V>>(members);
   V* true_residuals = scratch.take<V>(members);
 
-  for (int64_t b = begin; b < end; b += L::kSamples) {
-    const L layout(classes, end - b < L::kSamples ? end - b : L::kSamples, p.target + b);
+  for (int64_t b = begin; b < end; b += most) {
+    const L layout(classes, end - b < most ? end - b : most, p.target + b);
     for (int64_t m = 0; m < members; ++m) {
       T *adv_tile = adv_tiles + m * row, *nat_tile = nat_tiles + m * row;
       const auto* adv = static_cast<const In*>(p.adv.data) + m * p.adv.member_stride + b * p.adv.sample_stride;
       const auto* nat = static_cast<const In*>(p.nat.data) + m * p.nat.member_stride + b * p.nat.sample_stride;
       MemberState<V>& state = states[m];
-      state.adv = exponentiate(layout, adv, p.adv.sample_stride, adv_tile, steps);
-      state.nat = exponentiate(layout, nat, p.nat.sample_stride, nat_tile, steps);
-      state.sums = residuals<L>(state.adv, state.nat, adv_tile, nat_tile, steps);
+      state.adv = exponentiate(layout, adv, p.adv.sample_stride, adv_tile);
+      state.nat = exponentiate(layout, nat, p.nat.sample_stride, nat_tile);
+      state.sums = residuals(layout, state.adv, state.nat, adv_tile, nat_tile);
     }
     weigh(s, states, true_residuals, int(members));
 
@@ -144,8 +163,8 @@ void ceat_loss(const CeatProblem& p, int64_t begin, int64_t end) {
         const auto g = gradient_row(s, p.scale, state.nat_weight, state.adv_weight, state.sums, state.nat.true_residual,
                                     state.adv.true_residual);
         const int64_t at = (m * samples + b) * classes;
-        write_gradients(layout, g, state, adv_tiles + m * row, nat_tiles + m * row, steps,
-                        static_cast<Out*>(p.adv_grad) + at, static_cast<Out*>(p.nat_grad) + at);
+        write_gradients(layout, g, state, adv_tiles + m * row, nat_tiles + m * row, static_cast<Out*>(p.adv_grad) + at,
+                        static_cast<Out*>(p.nat_grad) + at);
       }
     }
   }
@@ -158,7 +177,7 @@ void ensemble_cross_entropy(const EnsembleProblem& p, int64_t begin, int64_t end
   using L = Layout<T>;
   using V = VecOf<T>;
   const auto [members, samples, classes] = p.shape;
-  const int64_t steps = L::steps(classes), row = steps * kLanes<T>;
+  const int64_t most = L::most_samples(classes, members), row = L::strip(classes) * L::strips(most);
 
   Scratch scratch(Scratch::round_up(members * row * sizeof(T)) + members * (sizeof(SoftmaxRow<V>) + 2 * sizeof(V)) +
                   256);
@@ -167,12 +186,12 @@ void ensemble_cross_entropy(const EnsembleProblem& p, int64_t begin, int64_t end
   V* shares = scratch.take<V>(members);
   V* true_residuals = scratch.take<V>(members);
 
-  for (int64_t b = begin; b < end; b += L::kSamples) {
-    const L layout(classes, end - b < L::kSamples ? end - b : L::kSamples, p.target + b);
+  for (int64_t b = begin; b < end; b += most) {
+    const L layout(classes, end - b < most ? end - b : most, p.target + b);
     for (int64_t m = 0; m < members; ++m) {
       const auto* logits =
           static_cast<const In*>(p.logits.data) + m * p.logits.member_stride + b * p.logits.sample_stride;
-      rows[m] = exponentiate(layout, logits, p.logits.sample_stride, tiles + m * row, steps);
+      rows[m] = exponentiate(layout, logits, p.logits.sample_stride, tiles + m * row);
       shares[m] = rows[m].ce;
       true_residuals[m] = rows[m].true_residual;
     }
@@ -184,7 +203,13 @@ void ensemble_cross_entropy(const EnsembleProblem& p, int64_t begin, int64_t end
       const T* tile = tiles + m * row;
       const V share = shares[m] * T(p.scale), factor = rows[m].inv_sum * share;
       Out* out = static_cast<Out*>(p.grad) + (m * samples + b) * classes;
-      for (int64_t i = 0; i < steps; ++i) layout.store_classes(i, load<V>(tile + i * kLanes<T>) * factor, out);
+      const int64_t strip = L::strip(classes);
+      for (int64_t s = 0; s < L::strips(layout.samples); ++s) {
+        const V of_strip = L::spread(factor, s);
+        for (int64_t i = 0; i < strip; i += kLanes<T>) {
+          layout.store_classes(s, i / kLanes<T>, load<V>(tile + s * strip + i) * of_strip, out);
+        }
+      }
       layout.store_true_class(rows[m].true_residual * share, out);
     }
   }
