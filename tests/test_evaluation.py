@@ -229,6 +229,29 @@ def test_a_compiled_model_gives_the_same_verdicts_and_fingerprint() -> None:
     assert [check.outcome for check in compiled.checks] == [check.outcome for check in plain.checks]
 
 
+class Volume(nn.Module):
+    """The mean of a volume (C, D, H, W) against 0.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 5
+        margin = self.scale * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-margin, margin], dim=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
+def test_volumes_in_batches_of_as_many_as_there_are_members(batch_size: int) -> None:
+    ensemble = Ensemble([Volume(), Volume()], backend="loop").eval()
+    volumes = IMAGES.unsqueeze(2).expand(-1, 1, 2, 2, 2).contiguous()
+    attacks = {**ATTACK, "AA": AutoAttack(eps=0.1, version="custom", attacks=("apgd-ce",), steps=4, seed=0)}
+    result = evaluate(ensemble, volumes, LABELS, attacks, batch_size=batch_size, sanity_samples=2)
+    for subject in ("ensemble", "member 1"):
+        assert flags(result.score(subject, "PGD")) == [True, True, False, False, True, True]
+
+
 def test_wilson_interval() -> None:
     # Published example: 81 of 263 gives (0.2553, 0.3662) (Newcombe, Statistics in Medicine 17, 1998, table I).
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
@@ -249,6 +272,18 @@ def test_nan_logits_are_refused_and_counted() -> None:
         evaluate(Broken(0.5).eval(), IMAGES, LABELS, ATTACK)
     with pytest.raises(ValueError, match="NaN logits for 1 samples of a batch, the first is sample 4"):
         evaluate(Broken(0.5).eval(), IMAGES, LABELS, ATTACK, batch_size=5)
+
+
+def test_an_accuracy_is_the_quotient() -> None:
+    """A mean in fp32 would be 0.9583333134651184."""
+    correct = torch.arange(24) > 0
+    assert Score("model", "clean", correct, *[torch.zeros(24)] * 3).accuracy == 23 / 24
+
+
+def test_a_model_that_takes_other_images_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()).eval()
+    with pytest.raises(ValueError, match=r"the model cannot take an image of shape \(1, 2, 2\): .*channels"):
+        evaluate(model, IMAGES, LABELS, ATTACK)
 
 
 def test_bad_input_is_refused() -> None:

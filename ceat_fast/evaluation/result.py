@@ -42,7 +42,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        return self.correct.float().mean().item()
+        return int(self.correct.sum()) / len(self.correct)
 
     @property
     def interval(self) -> tuple[float, float]:

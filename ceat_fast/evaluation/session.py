@@ -307,7 +307,12 @@ def _require_judgeable(model: nn.Module, images: Tensor, labels: Tensor, index: 
         raise ValueError(
             f"images must lie in [0, 1]; {int(outside.sum())} do not, the first is {int(outside.nonzero()[0])}"
         )
-    classes = subject_logits(model, ENSEMBLE, images[None, :1].to(device)).shape[-1]
+    try:
+        classes = subject_logits(model, ENSEMBLE, images[None, :1].to(device)).shape[-1]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot take an image of shape {tuple(images.shape[1:])}: {error}") from error
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         first = int(wrong.nonzero()[0])
