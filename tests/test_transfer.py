@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ceat_fast.attacks import CW, MDI2, MIM, PGD
+from ceat_fast.attacks import CW, MDI2, MIM, PGD, AutoAttack
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import BlackBoxResult, TransferMatrix, black_box, surrogate_attacks, transferability
 
@@ -175,6 +175,15 @@ def test_results_do_not_depend_on_the_batch_size() -> None:
     results = [black_box(target, {"other": surrogate}, images, labels, attacks, batch_size=size) for size in (11, 4)]
     for row, flags in results[0].correct.items():
         assert torch.equal(flags, results[1].correct[row])
+
+
+def test_autoattack_has_no_number_of_restarts() -> None:
+    auto = AutoAttack(eps=0.1, version="custom", attacks=("apgd-ce",), steps=4, seed=0)
+    matrix = transferability(ensemble(), IMAGES, LABELS, auto, protocol="all")
+    for source in MISSED:
+        assert missed(matrix, source, source) == MISSED[source][source]
+    result = black_box(ensemble(), {"both": Looker(0.5, 0.5).eval()}, IMAGES, LABELS, {"AA": auto})
+    assert result.correct["both", "AA"].shape == (4, 5)
 
 
 def test_black_box_accuracy_by_hand() -> None:

@@ -239,7 +239,7 @@ def _misled(ensemble: Ensemble, attack: Attack, x: Tensor, y: Tensor, index: Ten
 
 def _searches(attack: Any) -> list[Attack]:
     """The restarts of an attack as attacks of their own."""
-    restarts = getattr(attack, "restarts", 1)
+    restarts = getattr(attack, "restarts", 1) or 1  # None: as many as the attack's own protocol has
     if restarts == 1:
         return [attack]
     seeds = [None if attack.seed is None else attack.seed + number for number in range(restarts)]
