@@ -50,7 +50,8 @@ class EvaluationConfig:
         for name in self.attacks:
             require_choice("attack", name, ATTACKS)
         for radius in self.eps_sweep:
-            parse_budget("eps_sweep", radius)
+            if parse_budget("eps_sweep", radius) == 0:
+                raise ValueError(f"eps_sweep must hold radii above 0, got {radius!r}: that is the clean column")
         for name, least in (("images", 1), ("batch_size", 1), ("sanity_samples", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -68,7 +69,9 @@ def columns(budget: AttackConfig, config: EvaluationConfig) -> dict[str, Attack]
         found.setdefault(_label("PGD", steps, budget.restarts), replace(main, steps=steps))
     for eps in config.eps_sweep:
         radius = parse_budget("eps_sweep", eps)
-        if radius != main.radius and radius > 0:
+        if main.radius == 0:
+            raise ValueError(f"eps_sweep needs attack.eps above 0, to keep its ratio to alpha; got {budget.eps!r}")
+        if radius != main.radius:
             found[f"{label} eps {eps}"] = replace(main, eps=eps, alpha=main.step_size * radius / main.radius)
     if config.eps_sweep:
         found.setdefault(label, main)
