@@ -8,18 +8,19 @@ README.md, card.json        the model card: settings, results, and the checksum 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.export.card import PROGRAM, make_card, to_markdown
-from ceat_fast.files import PathLike, write_folder, write_json
+from ceat_fast.files import PathLike, write_atomic, write_folder, write_json
 from ceat_fast.training import Run
 from ceat_fast.training.checkpoint import plain_copies
 
@@ -37,25 +38,30 @@ def export_run(
         dataset: gives the number of classes and the image size; default: the run's.
 
     Raises:
-        ValueError: no such checkpoint, or members that torch.export cannot trace.
+        ValueError: no such checkpoint, members that torch.export cannot trace, or `out` is the working directory.
         FileExistsError: `out` holds something.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"out={os.fspath(out)!r} exists and is not empty; choose another folder")
+    if out.resolve() == Path.cwd():
+        # The new folder takes its place, and a shell would go on showing the old one, which is empty.
+        raise ValueError(f"out={os.fspath(out)!r} must not be the working directory; choose a folder in it")
     dataset = dataset or load_dataset(run.config.data.name, run.config.data.root)
     ensemble = run.load_ensemble(dataset, "cpu", checkpoint)
     image = dataset.test_images[:1].float() / dataset.scale
 
     def fill(folder: Path) -> None:
         for number, member in enumerate(ensemble.members):
-            save_file(plain_copies(member.state_dict()), folder / f"member-{number}.safetensors")
+            write_atomic(folder / f"member-{number}.safetensors", save(plain_copies(member.state_dict())))
         if program:
-            torch.export.save(export_program(ensemble, image), folder / PROGRAM)
+            traced = io.BytesIO()
+            torch.export.save(export_program(ensemble, image), traced)
+            write_atomic(folder / PROGRAM, traced.getvalue())
         checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
         card = make_card(run, ensemble, dataset, checkpoint, checksums)
         write_json(folder / "card.json", card)
-        (folder / "README.md").write_text(to_markdown(card))
+        write_atomic(folder / "README.md", to_markdown(card).encode())
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_folder(out, fill)
