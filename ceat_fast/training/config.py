@@ -119,7 +119,9 @@ def config_parser(*, with_config_option: bool = False) -> Any:
     """jsonargparse's parser of the tree of `TrainConfig`."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    from ceat_fast.config_files import ConfigFileParser
+
+    parser = (ConfigFileParser if with_config_option else ArgumentParser)(exit_on_error=False, allow_abbrev=False)
     if with_config_option:
         parser.add_argument("--config", action="config", help="YAML file; options after it override its values.")
     parser.add_class_arguments(TrainConfig)
@@ -140,10 +142,13 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     """
     from jsonargparse import ArgumentError
 
+    from ceat_fast.config_files import require_settings
+
     if not Path(path).is_file():
         raise ValueError(f"config file {os.fspath(path)!r} does not exist")
     parser = config_parser()
     try:
+        require_settings(path)
         return build_config(parser.parse_path(path))
     except (ArgumentError, ValueError) as error:
         text = readable(str(error), setting_names(), setting_kinds())
