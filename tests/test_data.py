@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named(damaged, tmp_path):
     path = tmp_path / damaged
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"half a download")
-    with pytest.raises(RuntimeError, match="wrong md5") as caught:
+    with pytest.raises(ValueError, match="wrong md5") as caught:
         load_dataset("cifar10", tmp_path)
     assert str(path) in str(caught.value)
 

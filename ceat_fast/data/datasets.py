@@ -59,11 +59,11 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
             missing there are downloaded to it. "digits" needs no files.
 
     Raises:
-        ValueError: unknown name (names the nearest one), or a "module:function" that is not there.
+        ValueError: unknown name (names the nearest one), a "module:function" that is not there, or a damaged file
+            (names it).
         TypeError: the function returned something else than a `Dataset`.
         ImportError: torchvision (or scipy, for SVHN) is not installed.
         FileNotFoundError: files are missing and cannot be downloaded; says which file goes where.
-        RuntimeError: a file is damaged; names it.
     """
     require_dataset_name(name)
     folder = data_folder(root)
@@ -191,7 +191,7 @@ def _obtain(
 def _refuse_damaged(files: Sequence[File], remedy: str) -> None:
     damaged = [str(path) for path, md5 in files if path.exists() and _md5(path) != md5]
     if damaged:
-        raise RuntimeError(f"damaged (wrong md5): {', '.join(damaged)}; delete and call again, or {remedy}")
+        raise ValueError(f"damaged (wrong md5): {', '.join(damaged)}; delete and call again, or {remedy}")
 
 
 def _md5(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -33,7 +33,16 @@ class Examples(NamedTuple):
 
     @classmethod
     def load(cls, path: PathLike) -> Examples:
-        """Read what `save` wrote."""
-        with safe_open(Path(path), "pt") as file:
-            about = file.metadata()
-            return cls(about["attack"], float(about["eps"]), *(file.get_tensor(name) for name in _TENSORS))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else, or is damaged.
+        """
+        try:
+            with safe_open(Path(path), "pt") as file:
+                about = file.metadata()
+                return cls(about["attack"], float(about["eps"]), *(file.get_tensor(name) for name in _TENSORS))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} holds no examples, or is damaged ({error}); evaluate again, or remove it"
+            ) from error
