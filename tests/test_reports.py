@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import re
+import shutil
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 
 from ceat_fast.evaluation import (
@@ -366,7 +368,8 @@ def test_flags_are_shown_in_full(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(check_table(result))
     shown = console.export_text()
-    assert all(words in shown for words in ("1 flag(s)", "12.0% are zero", "-> use CW", "2 passed", "deterministic"))
+    assert shown.splitlines()[0].strip() == "Sanity checks: 1 flag"
+    assert all(words in shown for words in ("12.0% are zero", "-> use CW", "2 passed", "deterministic"))
 
 
 def test_autoattacks_parts_are_counted(tmp_path: Path) -> None:
@@ -451,3 +454,26 @@ def test_examples_read_back(tmp_path: Path) -> None:
     assert (read.attack, read.eps) == ("PGD-20", 8 / 255)
     assert torch.equal(read.adversarial, clean + 1e-7)
     assert read.adversarial_predictions.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("rest", [b"", b"half a", None], ids=["empty", "no header", "cut"])
+def test_damaged_examples_are_named(tmp_path: Path, rest: bytes | None) -> None:
+    numbers = torch.tensor([1, 2])
+    path = saved(toy([1, 0, 0, 0]), tmp_path / "a") / "evaluation.examples.safetensors"
+    Examples("PGD-20", 0.1, torch.rand(2, 1, 3, 3), torch.rand(2, 1, 3, 3), numbers, numbers, numbers, numbers).save(
+        path
+    )
+    path.write_bytes(path.read_bytes()[:-20] if rest is None else rest)
+    with pytest.raises(ValueError, match=r"'.*/evaluation\.examples\.safetensors' holds no examples, or is damaged"):
+        write_report([tmp_path / "a"], tmp_path / "r.html")
+    save_file({"other": numbers}, path)
+    with pytest.raises(ValueError, match=r"evaluation\.examples\.safetensors' holds no examples"):
+        write_report([tmp_path / "a"], tmp_path / "r.html")
+
+
+def test_a_run_whose_machine_is_not_recorded(runs: list[Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    (run / "environment.json").unlink()
+    text = Outline(write_report([run], tmp_path / "r.html").read_text()).text
+    assert '"evaluation": {' in text
+    assert '"training": [' not in text

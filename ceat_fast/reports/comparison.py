@@ -25,12 +25,15 @@ def write_comparison(folders: Sequence[PathLike], out: PathLike) -> Path:
         out: the HTML file, which must not exist.
 
     Raises:
-        ValueError: fewer than two folders, one that is not evaluated yet, evaluations on other data, without a common
-            attack, or with other settings under the same name.
+        ValueError: fewer than two folders, the same one twice, one that is not evaluated yet, evaluations on other
+            data, without a common attack, or with other settings under the same name.
         FileExistsError: `out` exists.
     """
     if len(folders) < 2:
         raise ValueError(f"folders must name at least two evaluations to compare, got {len(folders)}")
+    for place, folder in enumerate(folders):
+        if any(Path(folder).resolve() == Path(other).resolve() for other in folders[:place]):
+            raise ValueError(f"folders must name different evaluations, got {str(folder)!r} twice")
     out = require_free(out)
     evaluated = open_evaluated(folders)
     columns = common_columns(evaluated)

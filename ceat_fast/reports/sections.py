@@ -15,6 +15,7 @@ from ceat_fast.reports import figures, page, training_figures
 from ceat_fast.reports.canvas import Picture
 from ceat_fast.reports.evaluated import Evaluated
 from ceat_fast.reports.statistics import WORST, class_accuracies, main_columns, strongest, worst_case
+from ceat_fast.reports.tables import plural
 from ceat_fast.training.config import config_to_yaml
 
 MOST_CLASSES = 20  # that a heat map shows; of more, those with the lowest accuracy
@@ -27,9 +28,8 @@ def summary(evaluated: Sequence[Evaluated]) -> str:
     for one in evaluated:
         result = one.result
         tiles = {name: accuracy_cell(result.score(result.main_subject, name)) for name in main_columns(result)}
-        flags = len(result.flags)
         ran = sum(check.outcome != NOT_RUN for check in result.checks)
-        tiles["sanity"] = (f"{flags} flag{'' if flags == 1 else 's'}", f"{ran} checks ran")
+        tiles["sanity"] = (plural(len(result.flags), "flag"), f"{plural(ran, 'check')} ran")
         dataset = result.about.get("dataset", "the data")
         text = f"{result.main_subject}, {len(result.labels):,} test images of {dataset}. Accuracy in %."
         parts.append((page.subsection(one.label) if len(evaluated) > 1 else "") + page.paragraph(text, "soft"))
@@ -112,7 +112,7 @@ def transfer(one: Evaluated) -> str:
         text = (
             "How often inputs made against a member mislead the others and the ensemble: PGD, "
             f"eps {matrix.attack['eps']:g}, {matrix.attack['steps']} steps, "
-            f"{matrix.attack['restarts']} start(s), {len(matrix.samples):,} images "
+            f"{plural(matrix.attack['restarts'], 'start')}, {len(matrix.samples):,} images "
             f"(protocol {matrix.protocol}). Mean between members: {100 * matrix.mean_transfer:.1f} %."
         )
         parts.append(page.figure(transfer_picture(one), "Heat map: success rate by source and target in %.", text))
@@ -247,7 +247,8 @@ def settings(evaluated: Sequence[Evaluated]) -> str:
             seconds = sum(record["seconds"] for record in metrics)
             parts.append(page.paragraph(f"{one.label}: {len(metrics)} epochs in {seconds:,.0f} s of training."))
             parts.append(page.details(f"Settings of {one.label}", config_to_yaml(one.run.config)))
-            environment["training"] = json.loads(one.run.environment_path.read_text())
+            if one.run.environment_path.is_file():
+                environment["training"] = json.loads(one.run.environment_path.read_text())
         parts.append(page.details(f"Versions and hardware of {one.label}", json.dumps(environment, indent=2)))
     return page.section("Settings", *parts)
 

@@ -37,7 +37,7 @@ def score_table(results: Mapping[str, EvaluationResult]) -> Table:
 def check_table(result: EvaluationResult) -> Table:
     """The flags of the sanity report, and the names of the checks without one."""
     passed = [check.name for check in result.checks if check.outcome == OK]
-    table = Table(title=f"Sanity checks: {len(result.flags)} flag(s)", title_justify="left", show_header=False)
+    table = Table(title=f"Sanity checks: {plural(len(result.flags), 'flag')}", title_justify="left", show_header=False)
     for check in result.flags:
         table.add_row(f"[bold red]{check.name}[/]", f"{check.finding}\n-> {check.advice}")
     table.add_row(f"[green]{len(passed)} passed[/]", ", ".join(passed))
@@ -65,6 +65,11 @@ def black_box_table(result: BlackBoxResult) -> Table:
     for row in columns[0]:
         table.add_row(row, *(f"{100 * column[row]:.1f}" for column in columns))
     return table
+
+
+def plural(count: int, noun: str) -> str:
+    """For example "1 flag" and "2 flags"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def percent(value: float, low: float, high: float) -> str:
