@@ -245,6 +245,31 @@ def test_other_settings_do_not_mix(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert list(evaluated(tmp_path / "out")["attacks"]) == ["clean", "PGD-2", "CW-2"]
 
 
+def test_what_a_smaller_evaluation_replaces_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*QUICK, "--out", "out"]
+    assert main(["evaluate", str(run), *options, "--attacks", "[PGD,CW]", "--images", "999"]) == 0
+    assert "images=999: digits has 360 test images" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *options]) == 0
+    line = "out/evaluation.json had 360 images and the columns CW-2; it is replaced, its verdicts stay in out/journal"
+    assert line in capsys.readouterr().err
+    assert main(["evaluate", str(run), *options]) == 0
+    assert "replaced" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_damaged_journal_is_reported_as_a_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), *QUICK, "--out", "out"]) == 0
+    part = tmp_path / "out" / "journal" / "part-0.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join([*lines[:9], lines[9].replace("true", "false").replace("0", "1"), *lines[10:]]))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), *QUICK, "--out", "out"]) == 0
+    expected = "out/journal: part-0.jsonl line 10 is damaged; what it held is computed again"
+    assert expected in capsys.readouterr().err.splitlines()
+
+
 def test_adversarials_are_kept_where_told(run: Path, tmp_path: Path) -> None:
     assert main(["evaluate", str(run), *QUICK, "--out", "out", "--keep_adversarials", "true"]) == 0
     assert list((tmp_path / "out" / "journal" / "adversarials").rglob("ensemble-*.safetensors"))
@@ -294,6 +319,8 @@ def test_two_evaluations_are_compared(run: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert "at least two evaluations" in failure(capsys, "compare", "a")
     assert "exists; choose another file" in failure(capsys, "compare", "a", "b", "--out", "c.html")
+    message = failure(capsys, "compare", "a", "b", "./a", "--out", "d.html")
+    assert "folders must name different evaluations, got './a' twice" in message
 
 
 def test_the_columns_of_the_papers_table_and_sweeps() -> None:

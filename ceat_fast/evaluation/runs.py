@@ -64,6 +64,7 @@ def evaluate_source(
     config = config or EvaluationConfig()
     device = local_device(config.device)
     dataset = dataset or source.dataset()
+    tell_if_fewer(config.images, dataset, console)
     model = source.load(dataset)
     journal, path = source.places(model, out)
     with _without_tf32():
@@ -82,8 +83,30 @@ def evaluate_source(
             console=console,
         )
     if is_main_process():
+        _tell_what_goes(path, result, console)
         result.save(path)
     return result, path
+
+
+def tell_if_fewer(images: int | None, dataset: Dataset, console: Console | None) -> None:
+    """Say so where the data set has fewer test images than were asked for."""
+    count = len(dataset.test_images)
+    if console is not None and images is not None and images > count:
+        console.print(f"images={images}: {dataset.name} has {count} test images", highlight=False, soft_wrap=True)
+
+
+def _tell_what_goes(path: Path, result: EvaluationResult, console: Console | None) -> None:
+    """Say so where the result is about to replace one with more images or columns."""
+    try:
+        earlier = EvaluationResult.load(path)
+    except (OSError, ValueError):
+        return
+    columns = [name for name in earlier.attacks if name not in result.attacks]
+    more = [f"{len(earlier.labels)} images"] if len(earlier.labels) > len(result.labels) else []
+    more += [f"the columns {', '.join(columns)}"] if columns else []
+    if console is not None and more:
+        text = f"{path} had {' and '.join(more)}; it is replaced, its verdicts stay in {earlier.about.get('journal')}"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextmanager

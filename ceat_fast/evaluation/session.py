@@ -139,6 +139,7 @@ class _Session:
             if folder is not None:
                 journal = stack.enter_context(Journal(folder, self.identity, self.settings, shard.rank))
                 self._replay(journal)
+                _tell_damage(journal, console)
             progress = stack.enter_context(EvaluationProgress(console if shard.rank == 0 else None, share))
             store = AdversarialStore(folder) if keep_adversarials and folder is not None else None
             for name in self.columns:
@@ -211,12 +212,20 @@ class _Session:
     def _replay(self, journal: Journal) -> None:
         for record in journal.records():
             self.table.read(record)
-        for sentence in journal.damage:
-            warnings.warn(f"{journal.folder}: {sentence}", stacklevel=2)
 
     def _empty_table(self) -> VerdictTable:
         subjects = [subject for names in self.goals.values() for subject in names]
         return VerdictTable(list(self.columns), subjects, len(self.images))
+
+
+def _tell_damage(journal: Journal, console: Console | None) -> None:
+    """As lines on the console, or else as warnings."""
+    for sentence in journal.damage:
+        text = f"{journal.folder}: {sentence}"
+        if console is None:
+            warnings.warn(text, stacklevel=2)
+        else:
+            console.print(text, highlight=False, soft_wrap=True)
 
 
 def nominal_passes(attack: Attack | None) -> tuple[float, float] | None:

@@ -96,6 +96,9 @@ class Trainer:
             judged = images[held_out].to(self.device), labels[held_out].to(self.device)
             self.validation = Validation(config.validation, *judged, self.dataset.scale, self.layout)
         self.console = console or Console(stderr=True, quiet=not self.layout.is_main)
+        if (asked := config.data.train_images or 0) > len(images):
+            text = f"data.train_images={asked}: {self.dataset.name} has {len(images)} training images"
+            self.console.print(text, highlight=False, soft_wrap=True)
         self.callbacks = [*callbacks, *([TensorBoard()] if config.tensorboard else [])]
         self.metrics = EpochMetrics(self.ensemble.combine)
         self._read_every = 1  # until it is known how long a batch takes
