@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
@@ -14,6 +14,10 @@ from rich.console import Console
 from ceat_fast.training.config import build_config, config_parser, setting_kinds, setting_names
 from ceat_fast.training.refusals import readable
 from ceat_fast.training.settings import AttackConfig
+
+if TYPE_CHECKING:
+    from ceat_fast.data import Dataset
+    from ceat_fast.training.run import Run
 
 DEBUG_VARIABLE = "CEAT_FAST_DEBUG"
 USER_ERRORS = (ArgumentError, ValueError, OSError, ImportError)
@@ -89,6 +93,8 @@ def _transfer_parser() -> ArgumentParser:
     parser = _parser("Test how attacks transfer: between the members of a run, and from surrogates to its ensemble.")
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_argument("--surrogates", type=str, nargs="+", default=[], help="Run folders of surrogate ensembles.")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder for the results; default: the run's.")
+    _add_data_root(parser)
     parser.add_class_arguments(TransferConfig)
     return parser
 
@@ -115,7 +121,12 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str, default="export", help="The folder to write; new or empty.")
     parser.add_argument("--checkpoint", type=str, default="last", help="Which weights: last, or best.")
     parser.add_argument("--program", type=bool, default=True, help="Write the torch.export program too.")
+    _add_data_root(parser)
     return parser
+
+
+def _add_data_root(parser: ArgumentParser) -> None:
+    parser.add_argument("--data.root", type=str | None, default=None, help="Folder of the data's files; as the run's.")
 
 
 def _reproduce_parser() -> ArgumentParser:
@@ -187,18 +198,21 @@ def _evaluate(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> 
 
 
 def _transfer(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
-    from ceat_fast.evaluation import TransferConfig, transfer_run
+    from ceat_fast.evaluation import BlackBoxResult, TransferConfig, TransferMatrix, transfer_run
     from ceat_fast.reports.tables import black_box_table, transfer_table
     from ceat_fast.training.run import Run
 
     console = Console()
     run, *surrogates = (Run.open(folder) for folder in (arguments.run, *arguments.surrogates))
     config = TransferConfig(**{setting.name: arguments[setting.name] for setting in fields(TransferConfig)})
-    matrix, black_box = transfer_run(run, surrogates, config, console=console)
-    console.print(transfer_table(matrix))
-    if black_box is not None:
-        console.print(black_box_table(black_box))
-    console.print(f"written: {run.folder}", highlight=False, soft_wrap=True)
+
+    def show(result: TransferMatrix | BlackBoxResult) -> None:
+        console.print(transfer_table(result) if isinstance(result, TransferMatrix) else black_box_table(result))
+
+    transfer_run(
+        run, surrogates, config, out=arguments.out, dataset=_dataset(run, arguments), show=show, console=console
+    )
+    console.print(f"written: {arguments.out or run.folder}", highlight=False, soft_wrap=True)
 
 
 def _report(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:
@@ -220,8 +234,17 @@ def _export(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> No
     from ceat_fast.training.run import Run
 
     run = Run.open(arguments.run)
-    path = export_run(run, arguments.out, checkpoint=arguments.checkpoint, program=arguments.program)
+    options = {"checkpoint": arguments.checkpoint, "program": arguments.program, "dataset": _dataset(run, arguments)}
+    path = export_run(run, arguments.out, **options)
     Console().print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def _dataset(run: Run, arguments: Namespace) -> Dataset | None:
+    """The run's data in the folder that the user gives, if one."""
+    from ceat_fast.data import load_dataset
+
+    root = arguments.data.root
+    return None if root is None else load_dataset(run.config.data.name, root)
 
 
 def _reproduce(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> None:

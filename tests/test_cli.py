@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -192,4 +193,64 @@ def test_transfer_between_members_and_from_surrogates(
 
     assert "cannot be its own surrogate" in failure(capsys, "transfer", runs[0], "--surrogates", runs[0])
     assert "unknown protocol 'none'" in failure(capsys, "transfer", runs[0], "--protocol", "none")
-    assert "alpha must be above 0" in failure(capsys, "transfer", runs[0], "--eps", "0")
+    assert "eps must be above 0 where alpha" in failure(capsys, "transfer", runs[0], "--eps", "0")
+
+    before = (tmp_path / "first" / "transfer.json").read_bytes()
+    out = tmp_path / "out"
+    message = failure(capsys, "transfer", runs[0], *options, "--out", runs[1])
+    assert f"out={runs[1]!r} is a run folder; choose another folder" in message
+    out.touch()
+    assert f"File exists: {str(out)!r}" in failure(capsys, "transfer", runs[0], *options, "--out", str(out))
+    out.unlink()
+    assert main(["transfer", runs[0], *options, "--images", "999", "--out", str(out), "--data.root", "no/where"]) == 0
+    assert "images=999: digits has 360 test images" in capsys.readouterr().out
+    assert len(json.loads((out / "transfer.json").read_text())["samples"]) == 360
+    assert (tmp_path / "first" / "transfer.json").read_bytes() == before
+
+
+def test_transfer_shows_what_it_cannot_write(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(tmp_path / "run")
+    assert main(["train", "--config", config, "--out", run, "--data.train_images", "5000"]) == 0
+    captured = capsys.readouterr()
+    assert "data.train_images=5000: digits has 1437 training images" in captured.err
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("ceat_fast.evaluation.transfer_result.write_json", full)
+    assert main(["transfer", run, "--eps", "0.1", "--steps", "1", "--images", "20", "--protocol", "all"]) == 2
+    captured = capsys.readouterr()
+    assert "Inputs that mislead, in % of 20 samples" in captured.out
+    assert f"No space left on device: '{run}/transfer.json'" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "refusal"),
+    [
+        (b"\xff\xfe", "must be text in UTF-8"),
+        (b"", 'must hold settings, "name: value", got nothing'),
+        (b"- epochs", 'must hold settings, "name: value", got something else'),
+        (b"epochs: [", "must be YAML: while parsing"),
+        (b"epochs: 1\nseed: 1\nepochs: 2", "gives epochs twice"),
+        (b"data: {name: digits, augment: none, name: cifar10}", "gives data.name twice"),
+    ],
+    ids=["binary", "empty", "list", "broken", "twice", "twice below"],
+)
+def test_a_config_file_that_is_none_is_named(
+    content: bytes, refusal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    message = failure(capsys, "train", "--config", str(path), "--out", str(tmp_path / "run"))
+    assert f"config file {str(path)!r}: {refusal}" in message
+    with pytest.raises(ValueError, match=re.escape(f"config file {str(path)!r}: {refusal}")):
+        load_config(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_aliases_in_a_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("attack: &budget {eps: 0.2, alpha: 0.1}\nevaluation: *budget\n")
+    assert load_config(path).evaluation.eps == 0.2

@@ -101,12 +101,20 @@ def test_results_are_shown_for_the_weights_that_were_judged(run: Run, tmp_path: 
     assert (best["results"] is not None) == same
 
 
-def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = str(tmp_path / "out")
     assert main(["export", str(run.folder), "--out", out, "--program", "false"]) == 0
     assert f"written: {out}" in capsys.readouterr().out
     assert main(["export", str(run.folder), "--out", out]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["export", str(run.folder), "--out", "."]) == 2
+    assert "out='.' must not be the working directory" in capsys.readouterr().err
+    options = ["--program", "false", "--data.root", "no/where"]  # digits need no files
+    assert main(["export", str(run.folder), "--out", "new", *options]) == 0
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
 

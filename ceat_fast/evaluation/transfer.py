@@ -91,6 +91,16 @@ def transferability(
     )
 
 
+def step_size(eps: Budget, alpha: Budget | None) -> Budget:
+    """alpha, or eps / 5 if not given; ValueError where that is 0."""
+    if alpha is not None:
+        return alpha
+    radius = parse_budget("eps", eps)
+    if radius == 0:
+        raise ValueError(f"eps must be above 0 where alpha, a fifth of it, is not given; got {eps!r}")
+    return radius / 5
+
+
 def surrogate_attacks(
     eps: Budget = 0.03,
     alpha: Budget | None = None,
@@ -109,7 +119,7 @@ def surrogate_attacks(
         seed: keys the noise.
         precision: what the searches compute in.
     """
-    alpha = parse_budget("eps", eps) / 5 if alpha is None else alpha
+    alpha = step_size(eps, alpha)
     common: dict[str, Any] = {"eps": eps, "alpha": alpha, "steps": steps, "seed": seed, "precision": precision}
     made: dict[str, Attack] = {}
     for label, loss in (("CE", "ce"), ("CW", "margin")):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ceat_fast.attacks import PGD, parse_budget
+from ceat_fast.attacks import PGD
 from ceat_fast.choices import require_choice
 from ceat_fast.data import Dataset, load_dataset
-from ceat_fast.evaluation.transfer import PROTOCOLS, black_box, surrogate_attacks, transferability
+from ceat_fast.evaluation.runs import tell_if_fewer
+from ceat_fast.evaluation.transfer import PROTOCOLS, black_box, step_size, surrogate_attacks, transferability
 from ceat_fast.evaluation.transfer_result import BlackBoxResult, TransferMatrix
+from ceat_fast.files import PathLike, require_writable
 
 if TYPE_CHECKING:
     from ceat_fast.training import Run
@@ -67,7 +70,7 @@ class TransferConfig:
 
     def attack(self) -> PGD:
         """The attack between members."""
-        alpha = parse_budget("eps", self.eps) / 5 if self.alpha is None else self.alpha
+        alpha = step_size(self.eps, self.alpha)
         return PGD(self.eps, alpha, self.steps, restarts=self.restarts, seed=self.seed, precision=self.precision)
 
     def surrogate_attacks(self) -> dict[str, Any]:
@@ -87,30 +90,41 @@ def transfer_run(
     surrogates: Sequence[Run] = (),
     config: TransferConfig | None = None,
     *,
+    out: PathLike | None = None,
     dataset: Dataset | None = None,
+    show: Callable[[TransferMatrix | BlackBoxResult], object] | None = None,
     console: Console | None = None,
 ) -> tuple[TransferMatrix, BlackBoxResult | None]:
-    """Test the last checkpoint of a run on its test images, and write transfer.json into its folder.
+    """Test the last checkpoint of a run on its test images, and write transfer.json into its folder or `out`.
 
     Args:
         run: the run.
         surrogates: runs on the same data whose ensembles are attacked in its place, for black_box.json; without any
             there is no such result.
         config: how to test.
+        out: another folder for the results, made if missing.
         dataset: use this data instead of loading the run's.
+        show: is given each result before it is written.
         console: shows the progress.
 
     Raises:
-        ValueError: a surrogate was trained on other data, or is the run itself.
+        ValueError: a surrogate was trained on other data, or is the run itself; `out` is another run.
+        OSError: the folder cannot be written; that is tried first.
     """
+    from ceat_fast.evaluation.sources import require_no_run
+
     config = config or TransferConfig()
+    folder = run.folder if out is None else Path(out)
     settings = run.config
     for other in surrogates:
         if other.folder.resolve() == run.folder.resolve():
             raise ValueError(f"{str(other.folder)!r} cannot be its own surrogate: that is no black box")
         if (name := other.config.data.name) != settings.data.name:
             raise ValueError(f"surrogate {str(other.folder)!r} is of {name}, the run of {settings.data.name}")
+    require_no_run(folder, own=run.folder)
+    require_writable(folder)
     dataset = dataset or load_dataset(settings.data.name, settings.data.root)
+    tell_if_fewer(config.images, dataset, console)
     images = dataset.test_images[: config.images].float() / dataset.scale
     labels = dataset.test_labels[: config.images]
     ensemble = run.load_ensemble(dataset, config.device)
@@ -126,10 +140,14 @@ def transfer_run(
         about=about,
         **common,
     )
-    matrix.save(run.folder / MATRIX)
+    if show is not None:
+        show(matrix)
+    matrix.save(folder / MATRIX)
     if not surrogates:
         return matrix, None
     models = {str(other.folder): other.load_ensemble(dataset, config.device) for other in surrogates}
     result = black_box(ensemble, models, images, labels, config.surrogate_attacks(), about=about, **common)
-    result.save(run.folder / BLACK_BOX)
+    if show is not None:
+        show(result)
+    result.save(folder / BLACK_BOX)
     return matrix, result
