@@ -145,7 +145,7 @@ def subject_logits(model: nn.Module, goal: str, x: Tensor) -> Tensor:
     if goal == MEMBERS and is_ensemble(model):
         shared = len(x) == 1
         logits: Tensor = model.member_logits(x[0] if shared else x, per_member=not shared)
-    elif isinstance(model, Ensemble):
+    elif is_ensemble(model):
         # Called, it would take a batch of M volumes (M, C, D, H, W) for an input per member.
         logits = model.combine(model.member_logits(x[0], per_member=False)).unsqueeze(0)
     else:
