@@ -163,6 +163,15 @@ def test_member_convolution(compile_launches, channels, filters, stride, backwar
     assert re.search(r"st\.local|ld\.local", kernels[0].asm["ptx"]) is None
 
 
+@pytest.mark.parametrize("compile_launches", [90], indirect=True)
+def test_member_convolution_in_fp32_is_small(compile_launches):
+    """Products in fp32 are many instructions; those of nine taps one after the other were 2 MB."""
+    weights = MemberWeights(torch.zeros(3, 64, 3, 3, 64), torch.zeros(3, 64), 1, kernel="triton")
+    kernels = compile_launches(lambda: weights.convolve(torch.zeros(3, 4, 8, 8, 64), None, relu=True))
+    assert_good_machine_code(kernels)
+    assert len(kernels[0].asm["cubin"]) < 500_000
+
+
 @pytest.mark.parametrize("channels", [16, 32, 64, 128])
 def test_training(compile_launches, channels):
     rows = torch.zeros(3, 4, 8, 8, channels, dtype=torch.bfloat16)

@@ -53,7 +53,7 @@ def member_convolution_kernel(
     channel = tl.arange(0, CHANNELS)
     filter = tl.arange(0, FILTERS)
     sums = tl.zeros((BLOCK, FILTERS), tl.float32)
-    for tap in range(9):
+    for tap in range(9):  # unrolled, fp32 with 64 channels would compile for minutes, and spill
         if TRANSPOSED:
             r, q = row + 1 - tap // 3, column + 1 - tap % 3
             inside = valid & (r >= 0) & (q >= 0) & (r % STRIDE == 0) & (q % STRIDE == 0)
