@@ -141,7 +141,8 @@ def refuse(*_: object) -> None:
     raise RuntimeError("a frozen view was called outside of its `with` block")
 
 
-def _copied(source: nn.Module) -> nn.Module:
+def require_copyable(source: nn.Module) -> None:
+    """Raise NotCopyableError where a glance shows that a copy would not act as the source does."""
     for name, child in source.named_modules():
         where = name or type(source).__name__
         if has_hooks(child):
@@ -150,6 +151,10 @@ def _copied(source: nn.Module) -> nn.Module:
             raise NotCopyableError(f"{where} has a forward of its own instance")
         if isinstance(child, torch.jit.ScriptModule):
             raise NotCopyableError(f"{where} is a ScriptModule")
+
+
+def _copied(source: nn.Module) -> nn.Module:
+    require_copyable(source)
     try:
         module = copy.deepcopy(source)
     except Exception as error:  # any attribute may refuse

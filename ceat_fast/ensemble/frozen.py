@@ -15,7 +15,7 @@ from ceat_fast.choices import require_choice
 from ceat_fast.ensemble.convolutions import is_transformed, winograd_convolutions
 from ceat_fast.ensemble.ensemble import Ensemble, is_ensemble
 from ceat_fast.ensemble.execution import AUTO, default_execution
-from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse
+from ceat_fast.ensemble.folding import FoldedCopy, NotCopyableError, refuse, require_copyable
 from ceat_fast.ensemble.fused import FusedMembers
 from ceat_fast.ensemble.memory_format import ChannelsLast
 from ceat_fast.ensemble.traced import NotFusableError
@@ -63,15 +63,17 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
 
 
 def _can_be_copied(model: nn.Module, precision: str) -> bool:
+    key = precision, BN_MODES[0]
     with _entrance:
         views = _views.setdefault(model, {})
-        key = precision, BN_MODES[0]
-        if key not in views or not views[key].is_current(model):
-            try:
+        try:
+            if key in views:  # what could be copied once can be copied again, but for this
+                require_copyable(model)
+            else:
                 views[key] = _View(model, *key)
-            except ValueError:
-                return False
-        return True
+        except (NotCopyableError, ValueError):
+            return False
+    return True
 
 
 def unfolded(model: nn.Module) -> list[str]:
