@@ -92,9 +92,9 @@ def remove_folder(path: PathLike) -> None:
     shutil.rmtree(temporary)
 
 
-def remove_temporaries(folder: PathLike) -> None:
-    """Remove what `write_atomic` and `write_folder` left in `folder` when they were killed."""
-    for path in Path(folder).glob(".*.tmp-*"):
+def remove_temporaries(folder: PathLike, name: str = "*") -> None:
+    """Remove what `write_atomic` and `write_folder` left of `name` in `folder` when they were killed."""
+    for path in Path(folder).glob(f".{name}.tmp-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -332,6 +332,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
     with pytest.raises(OSError, match=r"has 0\.0 MB free, and the checkpoints need about 0\.1 MB; make room"):
         trainer.fit()
     assert trainer.steps_done == 0
+    monkeypatch.undo()
+    train(everything_config(tmp_path / "run"))  # the folder still counts as new
 
 
 def full(descriptor: int) -> None:
@@ -343,6 +345,64 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     second = lambda: train(config)  # noqa: E731
     with pytest.raises(OSError, match="another process is training in"):
         train(config, callbacks=[At(3, second)])
+
+
+def test_a_second_process_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = everything_config(folder)
+    other = dataclasses.replace(config, resume=True, epochs=77, tensorboard=True)
+    evaluation = folder / ".evaluation.json.tmp-1"  # of a process that writes at the moment
+
+    def second() -> None:
+        evaluation.write_text("half")
+        before = written(folder)
+        with pytest.raises(OSError, match="another process is training in"):
+            Trainer(other, console=Console(quiet=True))
+        assert written(folder) == before
+
+    train(config, callbacks=[At(3, second)])
+    train(dataclasses.replace(config, resume=True))
+    assert evaluation.exists()
+
+
+def test_what_is_refused_late_changes_nothing_either(cut_off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = everything_config(cut_off, resume=True, epochs=77)
+    before = written(cut_off)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
+        with pytest.raises(OSError, match="MB free"):
+            train(other)
+    for path in checkpoints(cut_off / "checkpoints"):
+        truncate(path)
+    with pytest.raises(CheckpointError, match="no earlier"):
+        train(other)
+    assert written(cut_off) == before
+
+
+def written(folder: Path) -> list[bytes]:
+    """What a session writes when it begins."""
+    return [(folder / name).read_bytes() for name in ("config.yaml", "environment.json")]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_trainer_does_not_undo_what_another_one_did_since(resume: bool, tmp_path: Path) -> None:
+    config = everything_config(tmp_path / "run", epochs=1)
+    if resume:
+        train(config)
+        config = dataclasses.replace(config, epochs=2, resume=True)
+    late = Trainer(config, console=Console(quiet=True))
+    train(config)
+    with pytest.raises(OSError, match=r"another process has trained in .*run' since this Trainer was made"):
+        late.fit()
+
+
+def test_a_trainer_goes_on_where_its_fit_was_interrupted(whole: Path, tmp_path: Path) -> None:
+    interrupt = At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    trainer = Trainer(everything_config(tmp_path / "run"), console=Console(quiet=True), callbacks=[interrupt])
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit()
+    trainer.fit()
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_usable_checkpoint_of_an_empty_folder(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "evaluation", "data.root",
 )  # fmt: skip
 EVALUATION = "evaluation.json"
+LOCK = ".lock"
 KINDS = {"last": STEP, "best": BEST}
 
 
@@ -52,29 +53,36 @@ class Run:
             raise ValueError(f"{os.fspath(folder)!r} is not a run folder: it has no {run.config_path.name}")
         return run
 
-    @classmethod
-    def start(cls, config: TrainConfig) -> Run:
-        """Create the folder of a new run, or reopen that of a run to resume.
+    def require_usable(self, config: TrainConfig) -> None:
+        """Refuse a folder that is neither new nor that of a run to resume with `config`; changes nothing.
 
         Raises:
             FileExistsError: the folder is not empty and `config.resume` is false, or holds something else than a run.
             ValueError: the run to resume was started with other settings.
         """
-        run = cls(config.out)
-        if run.folder.exists() and any(run.folder.iterdir()):
-            if not config.resume:
-                raise FileExistsError(
-                    f"out={config.out!r} exists and is not empty; continue that run with --resume true, "
-                    "or choose another folder with --out"
-                )
-            remove_temporaries(run.folder)
-            if any(run.folder.iterdir()):
-                run._require_same_settings(config)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.config_path, config_to_yaml(config).encode())  # first, since it makes the folder a run
-        run.checkpoints.mkdir(exist_ok=True)
-        run._record_environment()
-        return run
+        if self._is_empty():
+            return
+        if not config.resume:
+            raise FileExistsError(
+                f"out={config.out!r} exists and is not empty; continue that run with --resume true, "
+                "or choose another folder with --out"
+            )
+        if not self.config_path.is_file():
+            raise FileExistsError(f"out={config.out!r} holds files but no run; choose another folder with --out")
+        changed = differences(self.config, config, ignore=FREE_TO_CHANGE)
+        if changed:
+            raise ValueError(
+                f"cannot resume {config.out!r} with other settings than it was started with: {', '.join(changed)}; "
+                "give the same, or choose another folder with --out"
+            )
+
+    def begin(self, config: TrainConfig) -> None:
+        """Write down the settings and the machine of a session; for who has the lock and nothing left to refuse."""
+        for path in (self.config_path, self.environment_path, self.metrics_path):
+            remove_temporaries(self.folder, path.name)  # not those of others: an evaluation does not take the lock
+        write_atomic(self.config_path, config_to_yaml(config).encode())  # first, since it makes the folder a run
+        self.checkpoints.mkdir(exist_ok=True)
+        self._record_environment()
 
     @property
     def config(self) -> TrainConfig:
@@ -123,32 +131,31 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; the lock ends with the process, however that ends.
+        """Keep other processes from training in this folder, which is made if it is not there; the lock ends with the
+        process, however that ends.
 
         Raises:
             OSError: another one is training here.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         if os.name != "posix":
             yield
             return
         import fcntl
 
-        with open(self.folder / ".lock", "w") as file:
+        with open(self.folder / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise OSError(f"another process is training in {os.fspath(self.folder)!r}") from error
             yield
 
-    def _require_same_settings(self, config: TrainConfig) -> None:
-        if not self.config_path.is_file():
-            raise FileExistsError(f"out={config.out!r} holds files but no run; choose another folder with --out")
-        changed = differences(self.config, config, ignore=FREE_TO_CHANGE)
-        if changed:
-            raise ValueError(
-                f"cannot resume {config.out!r} with other settings than it was started with: {', '.join(changed)}; "
-                "give the same, or choose another folder with --out"
-            )
+    def _is_empty(self) -> bool:
+        """Whether there is nothing but what a session leaves that ended before it made the folder a run."""
+        unfinished = f".{self.config_path.name}.tmp-"
+        return not self.folder.exists() or all(
+            path.name == LOCK or path.name.startswith(unfinished) for path in self.folder.iterdir()
+        )
 
     def _record_environment(self) -> None:
         """Append this session's machine: a run may be resumed on another one."""

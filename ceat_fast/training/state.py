@@ -73,7 +73,7 @@ class StateKeeper:
         own = copies * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         whole = own * self.layout.count / len(self.layout.members)
         needed = whole * max(1, keep + 1 - len(checkpoints(self.folder)))
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
         if free < needed:
             raise OSError(
                 f"the disk of {self.folder} has {free / 1e6:,.1f} MB free, and the checkpoints need about "

@@ -19,6 +19,7 @@ from ceat_fast.files import remove_temporaries
 from ceat_fast.methods import Batch, Epoch
 from ceat_fast.training.averaging import AveragedEnsemble
 from ceat_fast.training.callbacks import Callback
+from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import TrainConfig
 from ceat_fast.training.distributed import Layout, SpreadEnsemble
 from ceat_fast.training.distributed.layout import local_device
@@ -62,6 +63,7 @@ class Trainer:
 
     Raises:
         FileExistsError: the run folder holds something already.
+        OSError: another process trains in it.
         ValueError: labels outside [0, K), images that are not uint8, models that do not fit, settings that do not fit.
     """
 
@@ -103,12 +105,16 @@ class Trainer:
         self.metrics = EpochMetrics(self.ensemble.combine)
         self._read_every = 1  # until it is known how long a batch takes
         self.run = Run(config.out)
-        with self.layout.main_first():
-            if self.layout.is_main:
-                Run.start(config)
         self.keeper = StateKeeper(self.run.checkpoints, self.layout, self._local, self.average, self.stepper)
-        self.position = self.keeper.restore(self.metrics, self._warn)
-        self.records = [record for record in self.run.metrics if record["epoch"] <= self.position.epoch]
+        with ExitStack() as stack:  # nothing is written before `fit`, and nothing read while another process writes
+            with self.layout.main_first():
+                if self.layout.is_main:
+                    self.run.require_usable(config)
+                    if self.run.config_path.exists():
+                        stack.enter_context(self.run.lock())
+                    self._found = self._in_folder()
+            self.position = self.keeper.restore(self.metrics, self._warn)
+            self.records = [record for record in self.run.metrics if record["epoch"] <= self.position.epoch]
 
     @property
     def steps_done(self) -> int:
@@ -305,10 +311,23 @@ class Trainer:
             with self.layout.main_first():
                 if self.layout.is_main:
                     stack.enter_context(self.run.lock())
+                    if self._in_folder() != self._found:
+                        raise OSError(
+                            f"another process has trained in {self.config.out!r} since this Trainer was made; "
+                            "make a new one"
+                        )
                     self.keeper.require_space(self.config.checkpoint.keep)
+                    self.run.begin(self.config)
                     remove_temporaries(self.run.checkpoints)
                     self.run.forget_metrics_after(self.position.epoch)
-            yield
+            try:
+                yield
+            finally:
+                self._found = self._in_folder()  # a second `fit` goes on
+
+    def _in_folder(self) -> tuple[bool, list[Path]]:
+        """What tells whether somebody else trained: whether there is a run, and its checkpoints."""
+        return self.run.config_path.exists(), checkpoints(self.run.checkpoints)
 
     def _warn(self, message: str) -> None:
         self.console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
