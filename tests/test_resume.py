@@ -405,5 +405,20 @@ def test_a_trainer_goes_on_where_its_fit_was_interrupted(whole: Path, tmp_path: 
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(("step", "what"), [(11, "finished"), (14, "begun")])
+def test_fewer_epochs_than_the_run_has_are_refused(step: int, what: str, tmp_path: Path) -> None:
+    """Epochs of five steps; the last checkpoints are those after steps 10 and 12."""
+    epoch = {"finished": 2, "begun": 3}[what]
+    config = everything_config(tmp_path / "run", checkpoint=CheckpointConfig(every_steps=2), resume=True)
+    with pytest.raises(Crash):
+        train(config, callbacks=[At(step, crash)])
+    before = written(tmp_path / "run")
+    message = rf"epochs={epoch - 1}, but the run in .*run' has {what} epoch {epoch}; give at least {epoch}"
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(config, epochs=epoch - 1))
+    assert written(tmp_path / "run") == before
+    assert len(train(dataclasses.replace(config, epochs=epoch)).records) == epoch
+
+
 def test_usable_checkpoint_of_an_empty_folder(tmp_path: Path) -> None:
     assert usable_checkpoint(tmp_path, print) is None

@@ -114,6 +114,7 @@ class Trainer:
                         stack.enter_context(self.run.lock())
                     self._found = self._in_folder()
             self.position = self.keeper.restore(self.metrics, self._warn)
+            self._require_epochs()
             self.records = [record for record in self.run.metrics if record["epoch"] <= self.position.epoch]
 
     @property
@@ -163,6 +164,16 @@ class Trainer:
                     raise self._interruption(signal, path)
         self.ensemble.eval()
         return self.records
+
+    def _require_epochs(self) -> None:
+        """Refuse fewer epochs than the run to resume has: they would stand in its settings and not be true."""
+        begun = self.position.batch > 0
+        epochs = self.position.epoch + begun
+        if self.config.epochs < epochs:
+            raise ValueError(
+                f"epochs={self.config.epochs}, but the run in {self.config.out!r} has "
+                f"{'begun' if begun else 'finished'} epoch {epochs}; give at least {epochs}"
+            )
 
     def _choose_execution(self) -> None:
         """Measure once how the members run fastest, where the run is long enough for that; later sessions keep it."""
