@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from tiny_training import VALIDATED, Tiny, tiny_config, train
+from tiny_training import VALIDATED, At, Tiny, tiny_config, train
 
 from ceat_fast.attacks import PGD
 from ceat_fast.data import load_dataset
@@ -19,13 +20,14 @@ from ceat_fast.training import (
     EMA,
     SGD,
     Callback,
+    CheckpointConfig,
     Run,
     Trainer,
     TrainingStoppedError,
     ValidationConfig,
     WatchConfig,
 )
-from ceat_fast.training.checkpoint import checkpoints, load_weights
+from ceat_fast.training.checkpoint import Checkpoint, checkpoints, load_weights, save_checkpoint
 from ceat_fast.training.validation import hold_out
 from ceat_fast.training.watch import Watch, catastrophic_overfitting, collapse
 
@@ -75,6 +77,29 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_robust_accuracy(tmp_pat
     (best,) = checkpoints(run.checkpoints, "best")
     assert best.name == "best-000000004"  # two epochs of two steps
     assert load_weights(best)["members.0.fc.weight"].sum().item() == run.metrics[1]["weights"]
+
+
+def test_the_best_weights_of_what_is_trained_again_are_forgotten(tmp_path: Path) -> None:
+    """Epochs of two steps. The last checkpoint is that after step 4, the best weights are those after step 6."""
+
+    def killed() -> None:
+        raise ConnectionResetError
+
+    config = tiny_config(tmp_path / "run", validation=VALIDATED, epochs=4, checkpoint=CheckpointConfig(every=2))
+    with pytest.raises(ConnectionResetError):
+        train(config, callbacks=[Judge(0.3, 0.2, 0.4), At(7, killed)])
+    run = Run.open(tmp_path / "run")
+    assert [path.name for path in checkpoints(run.checkpoints, "best")] == ["best-000000006"]
+    train(replace(config, resume=True), callbacks=[Judge(0.3, 0.2, 0.1, 0.25)])
+    (best,) = checkpoints(run.checkpoints, "best")
+    assert best.name == "best-000000008"  # those of epoch 1 are gone too
+    assert load_weights(best)["members.0.fc.weight"].sum().item() == run.metrics[3]["weights"]
+
+
+def test_a_checkpoint_stays_beside_those_of_higher_steps(tmp_path: Path) -> None:
+    for step in (9, 5, 6):
+        save_checkpoint(tmp_path, Checkpoint(step, {"weight": torch.zeros(1)}, None, None), 1, "best")
+    assert [path.name for path in checkpoints(tmp_path, "best")] == ["best-000000006"]
 
 
 def test_a_callback_in_ten_lines(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, kind: str = STEP) -> Path:
-    """Write the checkpoint into `folder`, then remove all but the newest `keep` of its kind; returns its path.
+    """Write the checkpoint into `folder`, then keep it and the newest of its kind, `keep` in all; returns its path.
 
     Saving the same step again replaces it only if the one that is there is damaged.
 
@@ -75,7 +75,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, kind: str =
     except OSError as error:
         kept = checkpoints(folder, kind)
         raise OSError(f"cannot save {path}: {error}; newest one: {kept[0] if kept else 'none'}") from error
-    for old in checkpoints(folder, kind)[keep:]:
+    # Higher steps than this one's are of what was trained before a resume.
+    for old in [other for other in checkpoints(folder, kind) if other != path][keep - 1 :]:
         remove_folder(old)
     return path
 
@@ -83,7 +84,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, kind: str =
 def checkpoints(folder: Path, kind: str = STEP) -> list[Path]:
     """The complete checkpoints in `folder`, newest first."""
     named = [path for path in folder.glob(kind + "-*") if re.fullmatch(kind + r"-\d+", path.name) and path.is_dir()]
-    return sorted(named, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    return sorted(named, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The number of optimizer steps that the name of a checkpoint says."""
+    return int(path.name.partition("-")[2])
 
 
 def usable_checkpoint(folder: Path, warn: Callable[[str], object], kind: str = STEP) -> Path | None:

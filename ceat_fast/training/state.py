@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ceat_fast.ensemble import Ensemble, Execution, Tuned
+from ceat_fast.files import remove_folder
 from ceat_fast.training.averaging import AveragedEnsemble
 from ceat_fast.training.checkpoint import (
     BEST,
     Checkpoint,
+    checkpoint_step,
     checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -101,6 +103,18 @@ class StateKeeper:
         weights, average = self._weights()
         if weights is not None:
             save_checkpoint(self.folder, Checkpoint(step, weights, average, None), 1, BEST)
+
+    def best_step(self) -> int | None:
+        """The number of steps after which the best weights were saved, if there are any."""
+        kept = checkpoints(self.folder, BEST) if self.layout.is_main else []
+        step: int | None = self.layout.from_main(checkpoint_step(kept[0]) if kept else None)
+        return step
+
+    def forget_best_after(self, step: int) -> None:
+        """Drop best weights of later steps: no checkpoint holds those, so they are trained again."""
+        for path in checkpoints(self.folder, BEST):
+            if checkpoint_step(path) > step:
+                remove_folder(path)
 
     def restore(self, metrics: EpochMetrics, warn: Callable[[str], object]) -> Position:
         """Continue from the newest usable checkpoint, or from the start where there is none; `warn` is told of damaged

@@ -241,15 +241,21 @@ class Trainer:
             record |= self.validation.judge(self.judged)
         for callback in self.callbacks:
             callback.on_epoch(self, record)
-        best = max((old["val_adv_accuracy"] for old in self.records if "val_adv_accuracy" in old), default=-1.0)
+        is_best = "val_adv_accuracy" in record and record["val_adv_accuracy"] > self._best_accuracy()
         self.records.append(record)
         if self.layout.is_main:
             self.run.add_metrics(record)
         progress.finish_epoch(record)
         watch.look(self.records, self.keeper.newest)
         self.position, self.metrics = Position(position.epoch + 1), EpochMetrics(self.ensemble.combine)
-        if record.get("val_adv_accuracy", -1.0) > best:
+        if is_best:
             self.keeper.save_best(self.steps_done)
+
+    def _best_accuracy(self) -> float:
+        """The robust accuracy on held-out images that the best checkpoint has; -1 if there is none."""
+        step = self.keeper.best_step()
+        found = [record for record in self.records if record["epoch"] * self.batches == step]
+        return found[0].get("val_adv_accuracy", -1.0) if found else -1.0
 
     def _agree(self, signal: int) -> int:
         """A signal to any process; also sets, alike in all of them, when they read next."""
@@ -331,6 +337,7 @@ class Trainer:
                     self.run.begin(self.config)
                     remove_temporaries(self.run.checkpoints)
                     self.run.forget_metrics_after(self.position.epoch)
+                    self.keeper.forget_best_after(self.steps_done)
             try:
                 yield
             finally:
