@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         COMMANDS[arguments.command](arguments[arguments.command], argv, commands[arguments.command])
     except TrainingInterrupted as interruption:
-        return _fail(f"{interruption}; the same command with --resume true continues", interruption.exit_code)
+        return _fail(f"{interruption}; {_continuation(argv)}", interruption.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues (a training run with --resume true)", 130)
+        return _fail(f"interrupted; {_continuation(argv)}", 130)
     except TrainingStoppedError as error:
         return _fail(str(error), 1)
     except USER_ERRORS as error:
@@ -284,6 +284,10 @@ COMMANDS = {
     "reproduce": _reproduce,
     "info": _info,
 }
+
+
+def _continuation(argv: Sequence[str]) -> str:
+    return f"the same command {'with --resume true ' if argv[:1] == ['train'] else ''}continues"
 
 
 def _fail(message: str, code: int) -> int:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import struct
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from ceat_fast.reproduce.numbers import COLUMNS
 from ceat_fast.reproduce.scales import Scale
 from ceat_fast.reproduce.statistics import summarise
 from ceat_fast.reproduce.tables import grids
-from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError
+from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError, TrainingInterrupted
 
 
 @pytest.fixture
@@ -241,6 +246,47 @@ def test_an_interrupted_experiment_goes_on_where_it_was(
     assert len(trainings) == 2
 
 
+def test_what_is_to_be_done_after_an_interruption(
+    micro: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(cell: cells.Cell) -> cells.Outcome:
+        raise TrainingInterrupted(signal.SIGTERM, "interrupted after step 3")
+
+    monkeypatch.setattr(cells, "run_cell", interrupted)
+    assert main(["reproduce", "table1", "--scale", micro, "--out", str(tmp_path)]) == 143
+    assert capsys.readouterr().err == "ceat-fast: error: interrupted after step 3; the same command continues\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_several_jobs_end_when_they_are_interrupted(number: int, code: int, tmp_path: Path, repository: Path) -> None:
+    """Ctrl-C reaches all processes, SIGTERM the first one; what is trained at the moment is saved."""
+    command = [sys.executable, "-m", "ceat_fast", "reproduce", "table1", "--jobs", "2", "--device", "cpu"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
+    ) as process:
+        begun = time.monotonic()
+        while len(list(tmp_path.glob("*/runs/*/metrics.jsonl"))) < 2 and time.monotonic() < begun + 300:
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        try:
+            output, errors = process.communicate(timeout=300)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code
+    assert output == ""
+    assert errors.endswith("; the same command continues\n")
+    finished = [line for line in errors.splitlines() if re.match(r"\d+/18 ", line)]
+    assert len(errors.splitlines()) == len(finished) + 1
+
+
 def test_a_second_data_set_is_a_block_of_its_own(two_settings: str, trainings: list[str], tmp_path: Path) -> None:
     (tmp_path / "data" / "tiny-images").mkdir(parents=True)
     options = {"out": tmp_path, "device": "cpu", "only": ["EAT", "CEAT(1,5)"], "data_root": str(tmp_path / "data")}
@@ -414,6 +460,7 @@ def test_the_command(micro: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["table1", "--only", "CEAT(1,6)"], "unknown row of table1 'CEAT(1,6)' (did you mean 'CEAT(1,5)'?)"),
         (["table1", "--seeds", "0"], "seeds must be at least 1"),
         (["table1", "--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["fig6", "--jobs", "0"], "jobs must be at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_refused(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -97,6 +98,11 @@ def test_a_signal_saves_and_ends_with_its_exit_code(number: int, code: int, whol
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     train(dataclasses.replace(config, resume=True))
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_an_interruption_reaches_another_process() -> None:
+    interruption = pickle.loads(pickle.dumps(TrainingInterrupted(signal.SIGINT, "after step 3")))
+    assert (type(interruption), str(interruption), interruption.exit_code) == (TrainingInterrupted, "after step 3", 130)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,6 +24,7 @@ from ceat_fast.reproduce.judgements import Judgement
 from ceat_fast.training import NonFiniteLossError, Run, TrainConfig, Trainer
 from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import config_to_dict
+from ceat_fast.training.interrupts import TrainingInterrupted
 
 _WHERE = (
     "out", "device", "backend", "cuda_graph", "resume", "checkpoint", "watch", "parallel", "tensorboard", "evaluation",
@@ -76,19 +84,75 @@ def run_cells(cells: Sequence[Cell], jobs: int, console: Console) -> list[Outcom
     """Train and judge what is missing, `jobs` cells at a time, each in a process of its own if there are several.
 
     Raises:
-        ValueError: jobs below 1.
+        OSError: a process of several ended before its time.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs == 1:
         return [_announced(cell, number, len(cells), console) for number, cell in enumerate(cells, start=1)]
-    outcomes = []
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        for number, (cell, outcome) in enumerate(zip(cells, pool.map(run_cell, cells), strict=True), start=1):
+    outcomes: list[Outcome] = []
+    with _processes(jobs) as pool:
+        # The processes inherit that they ignore both: Ctrl-C reaches them through this one, and only while they work.
+        with _answered(signal.SIGINT, signal.SIG_IGN), _answered(signal.SIGTERM, signal.SIG_IGN):
+            running = pool.map(_run_apart, cells)
+        for number, (cell, outcome) in enumerate(zip(cells, running, strict=True), start=1):
             console.print(_line(cell, outcome, number, len(cells)), highlight=False, soft_wrap=True)
             outcomes.append(outcome)
     return outcomes
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that stop when this one is interrupted, each after it saved what it trains."""
+    context, others = get_context("spawn"), active_children()
+    stop = context.Event()
+    settings = (max(1, torch.get_num_threads() // jobs), stop)
+    with _answered(signal.SIGTERM, _interrupt), ProcessPoolExecutor(jobs, context, _prepare, settings) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise OSError(
+                f"a process of jobs={jobs} was killed (too little memory for so many?); the same command continues"
+            ) from error
+        except BaseException:
+            stop.set()
+            for process in active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+
+
+def _prepare(threads: int, stop: Event) -> None:
+    """What a process of several does first."""
+    global _stop
+    torch.set_num_threads(threads)
+    _stop = stop
+
+
+_stop: Event | None = None  # in a process of several: set when no further cell is to begin
+
+
+def _run_apart(cell: Cell) -> Outcome:
+    """`run_cell` in a process of several."""
+    with _answered(signal.SIGTERM, _interrupt):
+        if _stop is not None and _stop.is_set():
+            _interrupt(signal.SIGTERM)
+        return run_cell(cell)
+
+
+def _interrupt(number: int, frame: FrameType | None = None) -> None:
+    raise TrainingInterrupted(number, "interrupted")
+
+
+@contextmanager
+def _answered(number: int, handler: Any) -> Iterator[None]:
+    """A signal goes to `handler` within the `with` block; only the main thread can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def run_cell(cell: Cell) -> Outcome:

@@ -62,6 +62,8 @@ def reproduce(
         require_choice(f"row of {name}", row, {row.name for block in experiment.blocks for row in block.rows})
     if seeds is not None and not 1 <= seeds <= _SURROGATE_SEED:
         raise ValueError(f"seeds must be at least 1 and at most {_SURROGATE_SEED}, got {seeds}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     session = _Session(experiment, size, Path(out) / scale, device, data_root, jobs, console or Console(quiet=True))
     result = session.run(list(only), seeds)
     write(result, session.root)

@@ -18,8 +18,11 @@ class TrainingInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(signal_number, message)  # both, since pickle calls the class with them
         self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Interrupts:
