@@ -217,6 +217,55 @@ def test_labels_out_of_range_are_named_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": lambda labels: labels.float()}, r"labels must be int64 \(N,\), got torch.float32 \(\d+,\)"),
+        ({"labels": lambda labels: labels.int()}, r"labels must be int64 \(N,\), got torch.int32"),
+        ({"labels": lambda labels: labels[:, None]}, r"labels must be int64 \(N,\), got torch.int64 \(\d+, 1\)"),
+        ({"labels": lambda labels: labels - 1}, r"label -1 of (training|test) image \d+ is outside \[0, 10\)"),
+        ({"labels": lambda labels: labels[1:]}, r"(training|test) images, \d+ labels"),
+        ({"images": lambda images: images.float()}, r"(training|test) images must be uint8 \(N, C, H, W\), got"),
+        ({"images": lambda images: images * 15}, r"scale=16 must be the value that means 1.0, and .* images reach 240"),
+    ],
+    ids=["float", "int32", "column", "range", "count", "images", "scale"],
+)
+def test_data_that_do_not_fit_are_refused_before_training(
+    part: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    digits = load_dataset("digits")
+    ((kind, change),) = changes.items()
+    name = f"{part}_{kind}"
+    dataset = dataclasses.replace(digits, **{name: change(getattr(digits, name))})
+    config = tiny_config(tmp_path / "run", data=DataConfig("digits"))
+    with pytest.raises(ValueError, match="data set 'digits': .*" + message):
+        Trainer(config, dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+class Normalised(nn.Sequential):
+    """BatchNorm over vectors: one image has no variance."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+
+
+def test_a_last_batch_of_one_image_is_refused_where_the_members_cannot_train_on_it(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", data=DataConfig("digits", train_images=81), epochs=1)
+    members = Ensemble([Tiny(), Normalised()], backend="loop")
+    message = "batch_size=40 cuts 81 training images into batches of which the last has 1, and member 1 cannot train on"
+    with pytest.raises(ValueError, match=message + r" one image \(Expected more than 1 value"):
+        Trainer(config, ensemble=members)
+    assert not (tmp_path / "run").exists()
+    trainer = Trainer(config, ensemble=Ensemble([Tiny(dropout=0.5)], backend="loop"))
+    assert trainer.ensemble.members[0].norm.num_batches_tracked.item() == 0
+    assert not trainer.ensemble.training
+    trainer.fit()
+    two = dataclasses.replace(config, out=str(tmp_path / "two"), data=DataConfig("digits", train_images=82))
+    train(two, ensemble=members)
+
+
 def test_own_data_and_members(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 1, 8, 8), generator=generator, dtype=torch.uint8)

@@ -23,7 +23,7 @@ from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import TrainConfig
 from ceat_fast.training.distributed import Layout, SpreadEnsemble
 from ceat_fast.training.distributed.layout import local_device
-from ceat_fast.training.inputs import require_members_fit, training_data
+from ceat_fast.training.inputs import require_members_fit, require_smallest_batch_fits, training_data
 from ceat_fast.training.interrupts import Interrupts, TrainingInterrupted
 from ceat_fast.training.metrics import EpochMetrics
 from ceat_fast.training.progress import TrainingProgress, summary
@@ -90,6 +90,7 @@ class Trainer:
         self.batches = -(-len(kept) // config.batch_size)
         self._local = self.layout.own(whole)
         require_members_fit(self._local, self.layout.members, self.images, self.dataset)
+        require_smallest_batch_fits(self._local, self.layout, self.images, config, self.dataset)
         self.ensemble = self.layout.spread(self._local)
         self.stepper = Stepper(config, self.ensemble, self.layout, self.batches)
         self.average = AveragedEnsemble(config.average, self._local) if config.average is not None else None
