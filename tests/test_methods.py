@@ -418,3 +418,9 @@ def test_methods_that_compare_members_refuse_a_single_one(name: str) -> None:
     ensemble, batch = small_ensemble((2,))
     with pytest.raises(ValueError, match=f"{name} needs at least 2 members, got 1"):
         METHODS[name]().step(ensemble, batch.images, batch)
+
+
+def test_fasten_refuses_a_single_member_before_it_draws_two() -> None:
+    ensemble, batch = small_ensemble((2,))
+    with pytest.raises(ValueError, match="FASTEN needs at least 2 members, got 1"):
+        FASTEN().perturb(lambda model, x, y, index: x, ensemble, batch)

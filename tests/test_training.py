@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ceat_fast.data import Dataset, load_dataset
 from ceat_fast.ensemble import Ensemble, Execution, Tuned
-from ceat_fast.methods import CEAT, EAT, Batch, Method, Standard, StepOutput
+from ceat_fast.methods import CEAT, EAT, FASTEN, Batch, CalibratedDistance, Method, Standard, StepOutput
 from ceat_fast.training import (
     SGD,
     AttackConfig,
@@ -241,6 +241,26 @@ def test_data_that_do_not_fit_are_refused_before_training(
     config = tiny_config(tmp_path / "run", data=DataConfig("digits"))
     with pytest.raises(ValueError, match="data set 'digits': .*" + message):
         Trainer(config, dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": FASTEN(), "models": ["tiny_training:tiny"]}, "FASTEN needs at least 2 members, got 1"),
+        ({"method": CEAT(impl="native")}, "method.impl='native' cannot run on 'cpu': not built"),
+        (
+            {"method": EAT(plus_ceat=CalibratedDistance(impl="native"))},
+            "method.plus_ceat.impl='native' cannot run on 'cpu': not built",
+        ),
+    ],
+)
+def test_methods_that_cannot_run_are_refused_before_training(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ceat_fast.ops.dispatch.missing", lambda impl, device: "not built")
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_config(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

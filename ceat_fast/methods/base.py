@@ -89,6 +89,11 @@ class Method(ABC):
         name = settings_label(type(self).__name__, self, always=self.always_in_label, never=("plus_ceat",))
         return name if self.plus_ceat is None else f"{name} + {self.plus_ceat.label}"
 
+    def require_members(self, count: int) -> None:
+        """Raise ValueError if the method needs more members than so many."""
+        if count < self.least_members:
+            raise ValueError(f"{type(self).__name__} needs at least {self.least_members} members, got {count}")
+
     def begin_epoch(self, epoch: Epoch) -> None:  # noqa: B027 - most methods have nothing to do here
         """Called before the first batch of each epoch, also of the first one after a resume."""
 
@@ -112,10 +117,7 @@ class Method(ABC):
         Raises:
             ValueError: fewer members than the method needs.
         """
-        if len(ensemble.members) < self.least_members:
-            raise ValueError(
-                f"{type(self).__name__} needs at least {self.least_members} members, got {len(ensemble.members)}"
-            )
+        self.require_members(len(ensemble.members))
         output = self.member_losses(ensemble, adversarial, batch)
         if self.plus_ceat is not None:
             output = self._with_distance(self.plus_ceat, output, ensemble, batch)

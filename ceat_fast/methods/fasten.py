@@ -72,6 +72,7 @@ class FASTEN(FeatureMethod):
     def perturb(self, attack: Attack, ensemble: Ensemble, batch: Batch) -> Tensor:
         """(2, M, B, ...): each member's adversarial input, and the x* it is given."""
         members = len(ensemble.members)
+        self.require_members(members)
         draws = random.Random(int(torch.randint(2**62, ()).item()))
         pair = draws.sample(range(members), 2)
         new = self._search(ensemble, pair, batch)

@@ -19,6 +19,7 @@ from ceat_fast.ensemble import Ensemble
 from ceat_fast.ensemble.frozen import DTYPES
 from ceat_fast.methods import CEAT, EAT, Batch, Method, StepOutput
 from ceat_fast.methods.calibrated import DistanceSettings
+from ceat_fast.ops import dispatch
 from ceat_fast.training.capture import CapturedStep, obstacle
 from ceat_fast.training.config import TrainConfig
 from ceat_fast.training.distributed import Layout, SpreadEnsemble, SynchronisedBatchNorm, perturb_with
@@ -43,6 +44,8 @@ class Stepper:
     def __init__(self, config: TrainConfig, ensemble: Ensemble, layout: Layout, steps_per_epoch: int) -> None:
         self.config, self.ensemble, self.layout, self.steps_per_epoch = config, ensemble, layout, steps_per_epoch
         self.method = copy.deepcopy(config.method)
+        self.method.require_members(layout.count)
+        _require_backends(self.method, layout.device)
         self.optimizer = MemberOptimizer(config.optimizer, list(ensemble.members))
         self.scaler = torch.amp.GradScaler(layout.device.type, enabled=config.precision == "fp16")
         self._exchanges_labels = _needs_true_class_only(self.method) and ensemble.average == "prob"
@@ -134,6 +137,14 @@ class Stepper:
 def _needs_true_class_only(method: Method) -> bool:
     distances = [part for part in (method, method.plus_ceat) if isinstance(part, DistanceSettings)]
     return all(distance.samples == "all" for distance in distances)
+
+
+def _require_backends(method: Method, device: torch.device) -> None:
+    for name, part in (("method", method), ("method.plus_ceat", method.plus_ceat)):
+        if isinstance(part, DistanceSettings) and part.impl != "auto":
+            reason = dispatch.missing(part.impl, device.type)
+            if reason is not None:
+                raise ValueError(f"{name}.impl={part.impl!r} cannot run on {device.type!r}: {reason}")
 
 
 def _require_spreadable(config: TrainConfig, method: Method) -> None:
