@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -35,3 +36,20 @@ def import_function(what: str, name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{what} {name!r}: {attribute!r} is not callable")
     return function
+
+
+def call_function(what: str, name: str, *arguments: Any, **named: Any) -> Any:
+    """Import the function as `import_function` does, and call it.
+
+    Raises:
+        ValueError: it is not there, or does not take these arguments.
+    """
+    function = import_function(what, name)
+    try:
+        inspect.signature(function).bind(*arguments, **named)
+    except TypeError as error:
+        taken = [*map(repr, arguments), *(f"{key}={value!r}" for key, value in named.items())]
+        raise ValueError(f"{what} {name!r} must be a function that takes ({', '.join(taken)}): {error}") from error
+    except ValueError:
+        pass  # what is built in may have no signature
+    return function(*arguments, **named)

@@ -259,11 +259,17 @@ def of_my_own(root: Path) -> Dataset:
     return Dataset(str(root), images, torch.tensor([0, 1]), images, torch.tensor([0, 1]), 2, 255.0, "none")
 
 
+def no_folder() -> Dataset:
+    return of_my_own(Path("images"))
+
+
 def test_a_data_set_of_ones_own_is_called_with_the_folder(tmp_path: Path) -> None:
     assert load_dataset(f"{__name__}:of_my_own", tmp_path).name == str(tmp_path)
     with pytest.raises(ValueError, match=r"unknown data set 'cifar1' .*'cifar10'.*module:function"):
         load_dataset("cifar1")
     with pytest.raises(ValueError, match="data set 'test_data:nothing': module 'test_data' has no 'nothing'"):
         load_dataset("test_data:nothing")
-    with pytest.raises(TypeError, match=r"must return a ceat_fast.data.Dataset, got PosixPath"):
+    with pytest.raises(ValueError, match=r"must return a ceat_fast.data.Dataset, got PosixPath"):
         load_dataset("pathlib:Path", tmp_path)
+    with pytest.raises(ValueError, match=r"'test_data:no_folder' must be a function that takes \(.*too many pos"):
+        load_dataset(f"{__name__}:no_folder", tmp_path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ceat_fast.choices import unknown_name
-from ceat_fast.imports import import_function
+from ceat_fast.imports import call_function
 
 ROOT_VARIABLE = "CEAT_FAST_DATA"
 
@@ -59,9 +59,8 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
             missing there are downloaded to it. "digits" needs no files.
 
     Raises:
-        ValueError: unknown name (names the nearest one), a "module:function" that is not there, or a damaged file
-            (names it).
-        TypeError: the function returned something else than a `Dataset`.
+        ValueError: unknown name (names the nearest one), a damaged file (names it), a "module:function" that is not there
+            or does not take the folder, or that returned something else than a `Dataset`.
         ImportError: torchvision (or scipy, for SVHN) is not installed.
         FileNotFoundError: files are missing and cannot be downloaded; says which file goes where.
     """
@@ -69,9 +68,9 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
     folder = data_folder(root)
     if name in DATASETS:
         return DATASETS[name](folder)
-    dataset = import_function("data set", name)(folder)
+    dataset = call_function("data set", name, folder)
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"data set {name!r} must return a ceat_fast.data.Dataset, got {type(dataset).__name__}")
+        raise ValueError(f"data set {name!r} must return a ceat_fast.data.Dataset, got {type(dataset).__name__}")
     return dataset
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ceat_fast.choices import unknown_name
-from ceat_fast.imports import import_function
+from ceat_fast.imports import call_function
 from ceat_fast.models.resnet import ResNet, digits_resnet, resnet20, resnet26, resnet32
 
 __all__ = [
@@ -38,18 +38,14 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         in_channels: C, at least 1.
 
     Raises:
-        ValueError: unknown name (names the nearest one), or a "module:function" that is not there or not callable.
-        TypeError: the function returned something else than an `nn.Module`.
+        ValueError: unknown name (names the nearest one), a "module:function" that is not there or does not take these
+            arguments, or that returned something else than an `nn.Module`.
     """
-    model = _factory(name)(num_classes=num_classes, in_channels=in_channels)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model {name!r} must return an nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _factory(name: str) -> Callable[..., nn.Module]:
     if name in MODELS:
-        return MODELS[name]
+        return MODELS[name](num_classes=num_classes, in_channels=in_channels)
     if ":" not in name:
         raise ValueError(unknown_name("model", name, MODELS) + '; for your own write "module:function"')
-    return import_function("model", name)
+    model = call_function("model", name, num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name!r} must return an nn.Module, got {type(model).__name__}")
+    return model
