@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -157,17 +158,20 @@ def _train(arguments: Namespace, argv: list[str], parser: ArgumentParser) -> Non
     with process_group(config.device):
         trainer = Trainer(config)
         try:
-            last = trainer.fit()[-1]
+            records = trainer.fit()
         except TrainingStoppedError:
             if trainer.layout.is_main:
                 write_training_figures(trainer.run)
             raise
+        if not records:
+            raise ValueError(f"{trainer.run.metrics_path} lacks the finished epochs")
         if trainer.layout.is_main:
             figures = write_training_figures(trainer.run)
+            epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
             Console().print(
-                f"{trainer.run.folder}: {last['epoch']} epochs, loss {last['loss']:.3f}\n"
+                f"{trainer.run.folder}: {epochs}, loss {records[-1]['loss']:.3f}\n"
                 f"figures: {figures[0].parent}\n"
-                f"next: ceat-fast evaluate {trainer.run.folder}",
+                f"next: ceat-fast evaluate {shlex.quote(str(trainer.run.folder))}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -150,6 +150,19 @@ def test_wrong_keys_in_a_config_file_are_one_line(capsys: pytest.CaptureFixture[
     failure(capsys, "train", "--config", str(path))
 
 
+def test_a_finished_run_without_its_records(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "my run"
+    options = ["train", "--config", config, "--out", str(run), "--resume", "true"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert f"{run}: 1 epoch, loss " in printed
+    assert f"next: ceat-fast evaluate '{run}'\n" in printed
+    (run / "metrics.jsonl").unlink()
+    assert main(options) == 2
+    message = f"ceat-fast: error: {run / 'metrics.jsonl'} lacks the finished epochs"
+    assert message in capsys.readouterr().err
+
+
 def test_an_existing_run_is_not_overwritten(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

@@ -404,6 +404,15 @@ def test_a_training_that_fails_is_shown_as_failed(micro: str, tmp_path: Path, mo
     assert "2: L_adv, seed 0: loss nan in epoch 1" in (tmp_path / micro / "table4.md").read_text()
 
 
+def test_a_training_without_records_is_named(micro: str, tmp_path: Path) -> None:
+    options = {"out": tmp_path, "seeds": 1, "device": "cpu", "only": ["EAT"]}
+    reproduce("table1", micro, **options)
+    (records,) = tmp_path.glob("micro/runs/*/metrics.jsonl")
+    records.unlink()
+    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the finished epochs; remove .*EAT-"):
+        reproduce("table1", micro, **options)
+
+
 def test_members_of_three_depths_and_four_members(micro: str, tmp_path: Path) -> None:
     result = reproduce("table3", micro, out=tmp_path, seeds=1, device="cpu", only=["CEAT"])
     assert [len(block.models) for block in result.blocks] == [3, 4]

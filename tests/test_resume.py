@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from ceat_fast.training import (
     CheckpointConfig,
     CheckpointError,
     Run,
+    TrainConfig,
     Trainer,
     TrainingInterrupted,
     load_config,
@@ -314,6 +316,40 @@ def test_a_record_that_was_cut_off_is_dropped(whole: Path, tmp_path: Path) -> No
     assert [record["epoch"] for record in Run.open(tmp_path / "run").metrics] == [1, 2, 3]
     train(everything_config(tmp_path / "run", resume=True))
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("line", [b"", b'{"loss": 1.0}', b"[1]", b"\xff"])
+def test_a_damaged_record_is_named(line: bytes, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + line + b"\n" + b"".join(rest))
+    with pytest.raises(ValueError, match=r"run/metrics.jsonl: line 2 is not the record of an epoch; remove it"):
+        train(everything_config(tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize("damaged", [b'[{"python": "3.1', b"3", b"{}", b"\xff"])
+def test_a_damaged_list_of_machines_is_begun_anew(damaged: bytes, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    path.write_bytes(damaged)
+    text = warnings_of(everything_config(tmp_path / "run", resume=True))
+    assert f"warning: {path} is damaged, and begun anew" in text
+    assert len(json.loads(path.read_text())) == 1
+
+
+def test_missing_records_are_told(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    text = warnings_of(everything_config(tmp_path / "run", resume=True, epochs=4))
+    assert "metrics.jsonl lacks 3 of 3 finished epochs" in text
+    assert [record["epoch"] for record in Run.open(tmp_path / "run").metrics] == [4]
+
+
+def warnings_of(config: TrainConfig) -> str:
+    text = io.StringIO()
+    Trainer(config, console=Console(width=1000, file=text)).fit()
+    return text.getvalue()
 
 
 def test_a_full_disk_is_told_and_costs_nothing(cut_off: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,8 @@ def run_cell(cell: Cell) -> Outcome:
                 numbers.setdefault(name, value)  # the first judgement of clean images is on the most of them
     except ValueError as error:  # a member that is never right has no transfer rate
         failure = str(error)
+    if not run.metrics:
+        raise ValueError(f"{run.metrics_path} lacks the finished epochs; remove {run.folder} to repeat them")
     seconds = [record["seconds"] for record in run.metrics]
     curve = [record["val_adv_accuracy"] for record in run.metrics if "val_adv_accuracy" in record]
     return Outcome(numbers, sum(seconds) / len(seconds), curve, failure)

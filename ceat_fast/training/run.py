@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,16 @@ class Run:
                 "give the same, or choose another folder with --out"
             )
 
-    def begin(self, config: TrainConfig) -> None:
-        """Write down the settings and the machine of a session; for who has the lock and nothing left to refuse."""
+    def begin(self, config: TrainConfig, warn: Callable[[str], object]) -> None:
+        """Write down the settings and the machine of a session; for who has the lock and nothing left to refuse.
+
+        `warn` is told of a damaged file.
+        """
         for path in (self.config_path, self.environment_path, self.metrics_path):
             remove_temporaries(self.folder, path.name)  # not those of others: an evaluation does not take the lock
         write_atomic(self.config_path, config_to_yaml(config).encode())  # first, since it makes the folder a run
         self.checkpoints.mkdir(exist_ok=True)
-        self._record_environment()
+        self._record_environment(warn)
 
     @property
     def config(self) -> TrainConfig:
@@ -90,12 +93,24 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One record per finished epoch."""
+        """One record per finished epoch.
+
+        Raises:
+            ValueError: the file is damaged; names the line.
+        """
         if not self.metrics_path.exists():
             return []
         # What follows the last line end was cut off when the machine went down.
-        lines = self.metrics_path.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        lines = self.metrics_path.read_bytes().split(b"\n")[:-1]
+        return [self._record(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        record = None
+        with suppress(ValueError):
+            record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+            raise ValueError(f"{self.metrics_path}: line {number} is not the record of an epoch; remove it")
+        return record
 
     def add_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics_path, "a") as file:
@@ -157,9 +172,17 @@ class Run:
             path.name == LOCK or path.name.startswith(unfinished) for path in self.folder.iterdir()
         )
 
-    def _record_environment(self) -> None:
+    def _record_environment(self, warn: Callable[[str], object]) -> None:
         """Append this session's machine: a run may be resumed on another one."""
-        sessions = json.loads(self.environment_path.read_text()) if self.environment_path.exists() else []
+        sessions: Any = []
+        if self.environment_path.exists():
+            try:
+                sessions = json.loads(self.environment_path.read_bytes())
+            except ValueError:
+                sessions = None
+        if not isinstance(sessions, list):
+            warn(f"{self.environment_path} is damaged, and begun anew")
+            sessions = []
         write_json(self.environment_path, [*sessions, describe_environment()])
 
 

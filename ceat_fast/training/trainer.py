@@ -117,6 +117,9 @@ class Trainer:
             self.position = self.keeper.restore(self.metrics, self._warn)
             self._require_epochs()
             self.records = [record for record in self.run.metrics if record["epoch"] <= self.position.epoch]
+        missing = self.position.epoch - len(self.records)
+        if missing > 0:
+            self._warn(f"{self.run.metrics_path} lacks {missing} of {self.position.epoch} finished epochs")
 
     @property
     def steps_done(self) -> int:
@@ -335,7 +338,7 @@ class Trainer:
                             "make a new one"
                         )
                     self.keeper.require_space(self.config.checkpoint.keep)
-                    self.run.begin(self.config)
+                    self.run.begin(self.config, self._warn)
                     remove_temporaries(self.run.checkpoints)
                     self.run.forget_metrics_after(self.position.epoch)
                     self.keeper.forget_best_after(self.steps_done)
