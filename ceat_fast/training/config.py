@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,43 @@ def config_parser(*, with_config_option: bool = False) -> Any:
 
 
 def build_config(namespace: Any) -> TrainConfig:
-    """The validated config from a parsed namespace."""
-    values = config_parser().instantiate(namespace)
+    """The validated config from a parsed namespace.
+
+    Raises:
+        ValueError: a value of another type or out of range.
+    """
+    _require_values(TrainConfig, namespace)
+    try:
+        values = config_parser().instantiate(namespace)
+    except (TypeError, ValueError) as error:
+        raise ValueError(_refused_attack(namespace) or str(error)) from error
     return TrainConfig(**{f.name: getattr(values, f.name) for f in fields(TrainConfig)})
+
+
+def _require_values(kind: type[Any], values: Any, place: str = "") -> None:
+    """Refuse null where a setting must have a value: jsonargparse takes it for all of them."""
+    for setting in fields(kind):
+        if setting.name not in values:
+            continue
+        value, name = values[setting.name], place + setting.name
+        if value is None and "None" not in str(setting.type):
+            raise ValueError(f"{name} must have a value, got null")
+        if hasattr(value, "class_path"):
+            module, _, own = value.class_path.rpartition(".")
+            _require_values(getattr(import_module(module), own), value.get("init_args", {}), f"{name}.")
+        elif hasattr(value, "__dict__") and setting.default_factory is not MISSING:
+            _require_values(type(setting.default_factory()), value, f"{name}.")
+
+
+def _refused_attack(namespace: Any) -> str:
+    """What is wrong with one of the attacks, with the name of its section: they have the same settings; else ""."""
+    for section in ("attack", "evaluation", "validation.attack"):
+        try:
+            AttackConfig(**vars(namespace[section]))
+        except (TypeError, ValueError) as error:
+            names_it = str(error).partition(" ")[0].partition("=")[0] in vars(namespace[section])
+            return f"{section}{'.' if names_it else ': '}{error}"
+    return ""
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
