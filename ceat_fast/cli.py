@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
+from ceat_fast import __version__
 from ceat_fast.training.config import build_config, config_parser, setting_kinds, setting_names
 from ceat_fast.training.refusals import readable
 from ceat_fast.training.settings import AttackConfig
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = build_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         arguments = parser.parse_args(argv)
         COMMANDS[arguments.command](arguments[arguments.command], argv, commands[arguments.command])
@@ -50,6 +54,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """The parser, and those of its commands."""
     parser = ArgumentParser(
         prog="ceat-fast", description=__doc__.partition(" Options")[0], exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"ceat-fast {__version__}", help="Show the version and exit."
     )
     subcommands = parser.add_subcommands(dest="command")
     commands = {

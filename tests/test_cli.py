@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from ceat_fast import __version__
 from ceat_fast.cli import main
 from ceat_fast.training import load_config
 
@@ -88,6 +89,13 @@ def test_info_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("native", "triton", "torch", "python", "threads"))
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ceat-fast {__version__}\n"
 
 
 def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +182,11 @@ def test_evaluate_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_no_command_and_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "train" in failure(capsys)
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: ceat-fast\n")
+    assert "Train an ensemble." in captured.err
     assert "did you mean 'train'?" in failure(capsys, "trian")
 
 
