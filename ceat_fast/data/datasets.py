@@ -59,8 +59,8 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
             missing there are downloaded to it. "digits" needs no files.
 
     Raises:
-        ValueError: unknown name (names the nearest one), a damaged file (names it), a "module:function" that is not there
-            or does not take the folder, or that returned something else than a `Dataset`.
+        ValueError: unknown name (names the nearest one), a damaged file (names it), a "module:function" that is not
+            there or does not take the folder, or that returned something else than a `Dataset`.
         ImportError: torchvision (or scipy, for SVHN) is not installed.
         FileNotFoundError: files are missing and cannot be downloaded; says which file goes where.
     """
