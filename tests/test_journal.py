@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import EvaluationResult, JournalMismatchError, evaluate, load_adversarials
-from ceat_fast.evaluation.fingerprint import digest_model
 from ceat_fast.evaluation.journal import Journal
 from ceat_fast.evaluation.verdicts import Attack
 
@@ -198,38 +197,6 @@ def test_another_evaluation_is_refused_by_name(
     with pytest.raises(JournalMismatchError, match=message):
         evaluate(model, images * change.get("images", 1), labels, attacks, journal=tmp_path, sanity_samples=0)
     assert (tmp_path / "part-0.jsonl").read_bytes() == before
-
-
-class Shifted(nn.Module):
-    """A network whose answers depend on plain attributes."""
-
-    def __init__(self, shift: float = 0.0, scale: Any = (1.0, 1.0)) -> None:
-        super().__init__()
-        self.network, self.shift, self.scale = network(0), shift, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x + self.shift) * self.scale[0]
-
-
-def test_a_model_with_other_attributes_is_refused(tmp_path: Path) -> None:
-    images, labels = torch.rand(4, 1, 4, 4), torch.arange(4)
-    evaluate(Shifted().eval(), images, labels, ATTACKS, journal=tmp_path)
-    for other in (Shifted(shift=1.0), Shifted(scale=(2.0, 1.0))):
-        with pytest.raises(JournalMismatchError, match=r"weights: \w+ there, \w+ here"):
-            evaluate(other.eval(), images, labels, ATTACKS, journal=tmp_path)
-
-
-def test_how_a_model_computes_is_not_part_of_it() -> None:
-    model = Ensemble([Shifted(), Shifted(shift=1.0)], backend="loop").eval()
-    digest = digest_model(model)
-    assert digest_model(Ensemble(list(model.members), backend="vmap").train()) == digest
-    assert digest_model(Ensemble(list(model.members), average="logit")) != digest
-    with torch.no_grad():
-        model(torch.rand(2, 1, 4, 4))
-    model.tuned, model.replays = None, True
-    assert digest_model(model) == digest
-    assert digest_model(torch.compile(model.members[0], backend="eager")) == digest_model(model.members[0])
-    assert digest_model(model.members[0]) != digest_model(model.members[1])
 
 
 def test_attacks_can_be_added_later(tmp_path: Path) -> None:

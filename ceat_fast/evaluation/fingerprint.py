@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 import ceat_fast
 from ceat_fast.attacks import parse_budget
-from ceat_fast.ensemble import Ensemble
 
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names
-_OF_MODULES = frozenset(vars(nn.Module()))  # `training` among them
-_OF_TORCH = ("_is_torch", "_torch")  # how the names of marks start that torch.compile leaves
 _BUDGETS = ("eps", "alpha")
 _FREE = ("goal", "batch_size")  # set by the evaluation; of no influence on the result
 
@@ -32,14 +29,12 @@ def identity(model: nn.Module, images: Tensor, labels: Tensor, index: Tensor) ->
 
 
 def digest_model(model: nn.Module) -> str:
-    """Digest of the classes and plain attributes of all submodules, and of every parameter and buffer.
-
-    It is the same for a compiled model, on every device and for every execution of an `Ensemble`.
-    """
-    modules = [(_plain(name), type(module).__qualname__, module) for name, module in model.named_modules()]
-    outline = sorted((name, kind, _settings(module)) for name, kind, module in modules if kind != "OptimizedModule")
+    """Digest of the classes of all submodules and of every parameter and buffer, compiled or not."""
+    classes = [(_plain(name), type(module).__qualname__) for name, module in model.named_modules()]
+    outline = sorted((name, kind) for name, kind in classes if kind != "OptimizedModule")
+    average = getattr(model, "average", None)
     tensors = {_plain(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return _digest(json.dumps(outline).encode(), digest_tensors(tensors).encode())
+    return _digest(json.dumps([outline, average]).encode(), digest_tensors(tensors).encode())
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -87,20 +82,6 @@ def key_of(identity: Mapping[str, Any], attack: str, settings: Mapping[str, Any]
 
 def _plain(name: str) -> str:
     return name.replace(_COMPILED, "").removesuffix(_COMPILED[:-1])
-
-
-def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """What a module's outputs may depend on beside its tensors: a stride, a scale, the mean of the inputs."""
-    if isinstance(module, Ensemble):
-        return [("average", module.average)]  # the rest says how it computes
-    own = [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
-    return sorted((name, value) for name, value in own if not name.startswith(_OF_TORCH) and _is_plain(value))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _plain_value(value: Any) -> Any:
