@@ -25,12 +25,13 @@ TORCH_HEADERS = Path(torch.__file__).parent / "include"
 DEVICE_FLAGS = ["-std=c++17", "-O3", "-gencode", "arch=compute_90,code=sm_90"]
 HOST_CALL_IS_AN_ERROR = "-diag-error=20011"
 
-# Four element types times four kinds of rows (thread, sub-warp, warp, streamed); PGD: two image types times four
-# gradient types; scaling: four types times three pack widths; one adding kernel per loss file and compute type;
-# convolutions: three numbers of channels times three of filters times three directions.
+# Four element types times four kinds of rows (thread, sub-warp, warp, streamed), all but a warp's with packs and with
+# single classes; a warp's again for crowded blocks, but for fp64; PGD: two image types times four gradient types;
+# scaling: four types times three pack widths; one adding kernel per loss file and compute type; convolutions: three
+# numbers of channels times three of filters times three directions.
 KERNELS = {
-    "ceat_loss_kernel": 19,
-    "ensemble_kernel": 16,
+    "ceat_loss_kernel": 31,
+    "ensemble_kernel": 28,
     "pgd_step_kernel": 8,
     "scale_gradients_kernel": 12,
     "sum_rows_kernel": 4,
@@ -38,11 +39,20 @@ KERNELS = {
 }
 
 
+# Blocks of a warp's rows that share a multiprocessor have 128 registers for a thread: a few numbers wait in memory.
+CROWDED, CROWDED_BYTES = "Li128ELi4E", 32
+
+
 class Kernel(NamedTuple):
     name: str
     stack_bytes: int
     spill_stores: int
     spill_loads: int
+
+    @property
+    def allowed(self) -> int:
+        """Bytes of spilled registers."""
+        return CROWDED_BYTES if CROWDED in self.name else 0
 
 
 def nvcc(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -75,12 +85,12 @@ def test_every_instance_is_compiled(kernels: list[Kernel]):
 
 
 def test_no_kernel_spills(kernels: list[Kernel]):
-    assert [kernel for kernel in kernels if kernel.spill_stores or kernel.spill_loads] == []
+    assert [kernel for kernel in kernels if max(kernel.spill_stores, kernel.spill_loads) > kernel.allowed] == []
 
 
 def test_rows_stay_in_registers(kernels: list[Kernel]):
     # An index that the compiler cannot resolve moves a row to local memory without any spill: a stack frame shows it.
-    assert [kernel for kernel in kernels if "ResidentRow" in kernel.name and kernel.stack_bytes] == []
+    assert [kernel for kernel in kernels if "ResidentRow" in kernel.name and kernel.stack_bytes > kernel.allowed] == []
 
 
 def test_calling_host_code_from_device_code_is_an_error(tmp_path: Path):
@@ -136,7 +146,7 @@ def plan_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param((3, 256, 10), True, (THREAD, 1, 85, 256, 4), id="doubles need more registers"),
         pytest.param((1, 1, 2), False, (THREAD, 1, 1, 32, 1), id="whole warps only"),
         pytest.param((3, 128, 100), False, (SUB_WARP, 8, 10, 256, 13), id="CIFAR-100"),
-        pytest.param((3, 1024, 1000), False, (WARP, 32, 2, 192, 512), id="ImageNet"),
+        pytest.param((3, 1024, 1000), False, (WARP, 32, 1, 96, 1024), id="ImageNet"),
         pytest.param((3, 8, 1025), False, (STREAMED, 32, 2, 192, 4), id="rows beyond the registers"),
         pytest.param((9, 64, 200), False, (STREAMED, 32, 1, 288, 64), id="members beyond 256 threads"),
         pytest.param((512, 4, 100), True, (STREAMED, 1, 1, 512, 4), id="the most members"),

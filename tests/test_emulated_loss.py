@@ -108,7 +108,7 @@ def right(logits: list[Tensor], target: Tensor, settings: CeatSettings = SETTING
 
 def assert_close(found: Found, expected: Found, dtype: torch.dtype, single: float = 2e-6) -> None:
     exact = 1e-12 if dtype == torch.float64 else single
-    rounding = 2**-8 if dtype == torch.bfloat16 else exact
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 1e-5}.get(dtype, exact)  # of gradients; fp16's are in fp32
     for got, wanted, tolerance in (
         (found.loss, expected.loss, exact),
         (found.parts, expected.parts, exact),

@@ -523,8 +523,12 @@ def test_double_backward_raises(backend: Backend) -> None:
         for scaled in (loss, loss * scale):  # also where the gradient that comes in is a constant
             (grad,) = torch.autograd.grad(scaled, adv, create_graph=True, retain_graph=True)
             assert grad.requires_grad
-            with pytest.raises(RuntimeError, match="can be differentiated once"):
-                grad.sum().backward()
+            for again in (
+                lambda grad=grad: grad.sum().backward(retain_graph=True),
+                lambda grad=grad, scaled=scaled: torch.autograd.grad(scaled + grad.square().sum(), adv),
+            ):
+                with pytest.raises(RuntimeError, match="can be differentiated once"):
+                    again()
 
 
 def test_derivatives_of_derivatives_in_torch_func(backend: Backend) -> None:
@@ -542,6 +546,13 @@ def test_derivatives_of_derivatives_in_torch_func(backend: Backend) -> None:
         return [squared, *torch.func.jvp(grad, (weight,), (direction,))]
 
     torch.testing.assert_close(derivatives(impl), derivatives("torch"), rtol=1e-9, atol=1e-12)
+
+    def in_a_graph(impl: str) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(torch.func.grad(lambda weight: loss(weight, impl))(leaf).square().sum(), leaf)
+        return grad
+
+    torch.testing.assert_close(in_a_graph(impl), in_a_graph("torch"), rtol=1e-9, atol=1e-12)
 
 
 def test_vmap_over_batches_with_labels_of_their_own(backend: Backend) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ceat_fast import Ensemble
 from ceat_fast.attacks import APGD, PGD
-from ceat_fast.ensemble import frozen, tune
+from ceat_fast.ensemble import Execution, Tuned, frozen, tune
 
 
 class Flat(nn.Module):
@@ -108,3 +108,59 @@ def test_who_names_an_execution_gets_its_error() -> None:
 def test_other_errors_are_the_members_own() -> None:
     with pytest.raises(RuntimeError, match="expected input"):
         Ensemble(members(True)).eval()(torch.rand(4, 5, 16, 16))
+
+
+class OneChannel(nn.Module):
+    """Images that are in both formats at once, and weights that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Linear(16 * 64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.second(F.relu(self.first(x))))
+        logits: Tensor = self.last(h.view(len(x), -1))
+        return logits
+
+
+def test_images_of_one_channel() -> None:
+    ensemble = Ensemble([OneChannel() for _ in range(2)]).eval()
+    ensemble.tuned = Tuned(*[Execution("loop", channels_last=True)] * 2)
+    x, y = torch.rand(4, 1, 8, 8), torch.randint(0, 10, (4,))
+    assert PGD(steps=2, seed=0)(ensemble, x, y).shape == x.shape
+
+
+def test_a_call_that_begins_anew_draws_the_same_numbers() -> None:
+    """Otherwise a run that goes on would draw others than one that was not interrupted."""
+    x, _ = batch()
+
+    def outputs(call: Callable[[], Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        return call()
+
+    mine = [nn.Sequential(nn.Dropout(), member) for member in members(True)]
+    ensemble = Ensemble(mine).train()
+    first = outputs(lambda: ensemble.member_logits(x))
+    torch.testing.assert_close(first, outputs(lambda: ensemble.member_logits(x)))
+    torch.testing.assert_close(first, outputs(lambda: torch.stack([member(x) for member in mine])))
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda h: h.view((h.size(0), -1)),
+        lambda h: h.view(size=(h.size(0), -1)),
+        lambda h: h.view(torch.int32).view(dtype=torch.float32).view(h.size(0), -1),
+    ],
+    ids=["tuple", "size", "other types"],
+)
+def test_every_way_to_call_view(flat: Callable[[Tensor], Tensor]) -> None:
+    class Net(Flat):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.last(flat(F.max_pool2d(F.relu(self.second(F.relu(self.first(x)))), 2)))
+            return logits
+
+    model, (x, _) = Net(True).eval(), batch()
+    with frozen(model) as view:
+        torch.testing.assert_close(view(x), model(x), rtol=1e-4, atol=1e-4)

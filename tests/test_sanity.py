@@ -164,9 +164,6 @@ def test_members_that_betray_a_masked_ensemble(honest: nn.Module) -> None:
         def combine(self, logits: Tensor) -> Tensor:
             return super().combine(Misleading.apply(logits))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)
-
     ensemble = Masked([honest, trained(1)], average="logit").eval()
     assert "transfer from members" in flagged(probed(ensemble))
 

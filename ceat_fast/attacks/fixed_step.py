@@ -26,7 +26,7 @@ from ceat_fast.attacks.noise import Noise
 from ceat_fast.attacks.objective import GOALS, LOSSES, Objective
 from ceat_fast.checks import require_ints
 from ceat_fast.choices import require_choice
-from ceat_fast.ensemble import PRECISIONS, Ensemble, frozen, is_ensemble
+from ceat_fast.ensemble import PRECISIONS, Ensemble, frozen
 
 # What turns the gradients of one search, step by step, into directions; it may remember earlier ones.
 Direction = Callable[[Tensor], Tensor]
@@ -179,9 +179,8 @@ class FixedStepAttack(ABC):
         checked: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """(x_adv, losses of the last gradient or judgement)."""
-        if self.goal == "members" and not is_ensemble(model):
-            own = " with hooks or a forward of its own" if isinstance(model, Ensemble) else ""
-            raise TypeError(f"goal='members' needs an Ensemble, got {type(model).__name__}{own}")
+        if self.goal == "members" and not isinstance(model, Ensemble):
+            raise TypeError(f"goal='members' needs an Ensemble, got {type(model).__name__}")
         with torch.inference_mode(False), torch.enable_grad():
             x, y = _ordinary(x), _ordinary(y)
             plain = self.restarts == 1 and target is None and eps is None and not checked

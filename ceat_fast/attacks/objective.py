@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ceat_fast.attacks.outputs import plain_logits, require_gradient
-from ceat_fast.ensemble import is_ensemble
+from ceat_fast.ensemble import Ensemble, is_ensemble
 from ceat_fast.ops import dispatch, reference
 
 GOALS = ("ensemble", "members")
@@ -58,7 +58,7 @@ class Objective:
     ) -> None:
         self.searches = 1  # how many inputs per sample the goal asks for
         if goal == "members":
-            assert is_ensemble(model)
+            assert isinstance(model, Ensemble)
             self.searches = len(model.members)
         self.model = model
         self.goal = goal
@@ -126,10 +126,11 @@ class Objective:
         return logits.to(reference.compute_dtype(logits.dtype))
 
     def _output(self, x: Tensor) -> Tensor:
+        if self.goal == "members":
+            assert isinstance(self.model, Ensemble)
+            return self.model.member_logits(x, per_member=True).flatten(0, 1).unsqueeze(0)
         if not is_ensemble(self.model):
             return plain_logits(self.model, x).unsqueeze(0)
-        if self.goal == "members":
-            return self.model.member_logits(x, per_member=True).flatten(0, 1).unsqueeze(0)
         if self.model.average == "prob":
             return self.model.member_logits(x, per_member=False)
         return self.model.combine(self.model.member_logits(x, per_member=False)).unsqueeze(0)

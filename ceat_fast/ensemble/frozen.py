@@ -67,9 +67,8 @@ def _can_be_copied(model: nn.Module, precision: str) -> bool:
     with _entrance:
         views = _views.setdefault(model, {})
         try:
-            if key in views:  # what could be copied once can be copied again, but for this
-                require_copyable(model)
-            else:
+            require_copyable(model)
+            if key not in views:  # what could be copied once can be copied again, but for what a glance shows
                 views[key] = _View(model, *key)
         except (NotCopyableError, ValueError):
             return False
@@ -112,6 +111,8 @@ class _View:
         self, name: str, part: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format, batch: bool
     ) -> FoldedCopy | None:
         try:
+            if isinstance(part, Ensemble):  # who attacks its members has to find them
+                raise NotCopyableError("it is an Ensemble of another kind")
             folded = FoldedCopy(part, dtype=dtype, memory_format=memory_format, batch_statistics=batch)
         except NotCopyableError as error:
             if dtype is not None or batch:

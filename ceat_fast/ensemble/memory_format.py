@@ -24,14 +24,14 @@ class ChannelsLast:
         """The call on the inputs.
 
         Args:
-            root: what the call runs. Its buffers are as before when the call begins anew.
+            root: what the call runs. Its buffers, and torch's generators, are as before when the call begins anew.
             own: whether its weights may be rearranged, which would bring channels_last back.
         """
         arranged = inputs if self._refused else [channels_last(x) for x in inputs]
         key = root.training, *(x.shape[1:] for x in inputs)
-        if key in self._proved or all(new is old for new, old in zip(arranged, inputs, strict=True)):
+        if self._refused or key in self._proved:
             return call(arranged)
-        before = [buffer.clone() for buffer in root.buffers()]
+        before, generators = [buffer.clone() for buffer in root.buffers()], _generators(inputs)
         try:
             result = call(arranged)
         except torch.OutOfMemoryError:
@@ -40,6 +40,8 @@ class ChannelsLast:
             with torch.no_grad():
                 for buffer, value in zip(root.buffers(), before, strict=True):
                     buffer.copy_(value)
+            for generator, state in generators:
+                generator.set_state(state)
             if own:
                 root.to(memory_format=torch.contiguous_format)
             result = call(inputs)  # raises by itself where the fault is another one
@@ -54,3 +56,10 @@ def channels_last(x: Tensor) -> Tensor:
     if x.dim() != 4 or torch._C._are_functorch_transforms_active():
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _generators(inputs: Sequence[Tensor]) -> list[tuple[torch.Generator, Tensor]]:
+    """Those that a call may draw from, with their states."""
+    used = [torch.default_generator]
+    used += [torch.cuda.default_generators[x.device.index] for x in inputs[:1] if x.is_cuda]
+    return [(generator, generator.get_state()) for generator in used]

@@ -106,8 +106,13 @@ def function_of(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_function":
         assert callable(node.target)
         return node.target
-    to_a_shape = node.target == "view" and not any(isinstance(size, torch.dtype) for size in node.args)
-    return _Method("reshape" if to_a_shape else str(node.target))  # a view of images in channels_last is none
+    of_another_type = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+    # Images in channels_last have no view as rows.
+    return _as_shape if node.target == "view" and not of_another_type else _Method(str(node.target))
+
+
+def _as_shape(x: Tensor, *sizes: Any, size: Any = None) -> Tensor:
+    return x.reshape(*sizes) if size is None else x.reshape(size)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class MemberFeatures:
         with self._ensemble.convolutions(execution, x.device):
             if not execution.on_channels_last:
                 return self._run_each(x.unbind())
-            return self._format.run(self._run_each, x.unbind(), self._ensemble)
+            return self._format.run(self._run_each, x.unbind(), self._ensemble, own=self._ensemble.is_view)
 
     def _run_each(self, rows: Sequence[Tensor]) -> list[Tensor]:
         return [part(row) for part, row in zip(self._parts, rows, strict=True)]

@@ -2,8 +2,8 @@
 
 Two classes per op share one backward. `autograd.Function` with `setup_context` is what torch.func and torch.compile
 need; the older form with `ctx` in `forward` is what eager training uses, since it costs a third of the time per call.
-There is no double backward: eager torch raises, and a loss within two levels of torch.func's derivatives is computed by
-the specification.
+There is no double backward: eager torch raises. Within two levels of torch.func's derivatives, or one in a graph of
+eager torch, the specification computes the loss; but for what torch.compile compiles, which knows nothing of levels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _is_transformed() -> bool:
 
 
 def _ceat_backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = ctx.saved_tensors
+    grads = ctx.saved_tensors[-2:]
     # `loss.sum().backward()` hands back ones. On the CPU a look is cheap, and saves reading and writing both gradients.
     if not (loss_grad.is_cpu and loss_grad.dim() == 1 and loss_grad.tolist() == [1.0] * len(loss_grad)):
         grads = dispatch.module(ctx.backend).scale_gradients(*grads, loss_grad)
@@ -36,29 +36,48 @@ def _ceat_backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
     return adv_grad, nat_grad, None, None, None, None
 
 
-def _once(backward: Callable[[Any, Tensor], Gradients], ctx: Any, loss_grad: Tensor) -> Gradients:
+class _Once(torch.autograd.Function):
+    """Gradients as they are, as a function of what they depend on, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[-count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("the fused loss can be differentiated once; impl='torch' as often as you like")
+
+
+def _once(backward: Callable[[Any, Tensor], Gradients], ctx: Any, inputs: int, loss_grad: Tensor) -> Gradients:
     """The gradients of that backward; where a graph of them is built, whoever differentiates them gets an error.
 
-    `once_differentiable` gives one only where the incoming gradient has a graph itself, which that of a sum has not.
+    The first `inputs` of the saved tensors are the function's. `once_differentiable` raises only where the incoming
+    gradient has a graph itself, which that of a sum has not.
     """
     if not torch.is_grad_enabled():
         return backward(ctx, loss_grad)
     with torch.no_grad():
         grads = backward(ctx, loss_grad)
-    message = b"the loss can be differentiated once; impl='torch' can be twice"
-    guard = torch._C._functions.DelayedError(message, sum(grad is not None for grad in grads))
-    guarded = guard(*(grad.detach().requires_grad_() for grad in grads if grad is not None))
-    left = iter(guarded if isinstance(guarded, tuple) else (guarded,))
-    return tuple(None if grad is None else next(left) for grad in grads)
+    wanted = [grad for grad in grads if grad is not None]
+    guarded = iter(_Once.apply(len(wanted), *ctx.saved_tensors[:inputs], loss_grad, *wanted))
+    return tuple(None if grad is None else next(guarded) for grad in grads)
 
 
-def _is_differentiated_twice() -> bool:
+def _is_differentiated_twice(*logits: Tensor) -> bool:
     """Whether torch.func is to take derivatives of derivatives, or forward-mode ones."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
     forward = kinds.count(torch._C._functorch.TransformType.Jvp)
-    return forward > 0 or kinds.count(torch._C._functorch.TransformType.Grad) > 1
+    backward = kinds.count(torch._C._functorch.TransformType.Grad)
+    return forward > 0 or backward > 1 or (backward == 1 and any(map(_is_in_graph, logits)))
+
+
+def _is_in_graph(tensor: Tensor) -> bool:
+    """Whether eager torch would differentiate it, inside of all levels."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 class _EagerCeatLoss(torch.autograd.Function):
@@ -77,13 +96,13 @@ class _EagerCeatLoss(torch.autograd.Function):
         )
         if sink is not None:
             sink.append(parts)
-        ctx.save_for_backward(adv_grad, nat_grad)
+        ctx.save_for_backward(adv, nat, adv_grad, nat_grad)
         ctx.backend, ctx.dtype = backend, adv.dtype
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(_ceat_backward, ctx, loss_grad)
+        return _once(_ceat_backward, ctx, 2, loss_grad)
 
 
 class _CeatLoss(torch.autograd.Function):
@@ -150,7 +169,7 @@ def ceat_loss(
     backend: str, adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings, need_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, parts): loss (M,) or (M, B), differentiable once in `adv` and `nat`; parts (7, M, B) if needed."""
-    if _is_differentiated_twice():
+    if _is_differentiated_twice(adv, nat):
         loss, named = reference.ceat_loss(adv, nat, target, settings)
         parts = torch.stack(named) if need_parts else None
     elif _is_transformed():
@@ -169,12 +188,13 @@ class _EagerEnsembleCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, reduction: int, backend: str) -> Tensor:
         loss, grad = dispatch.module(backend).ensemble_cross_entropy(logits, target, reduction, True)
-        ctx.grad, ctx.dtype = grad, logits.dtype
+        ctx.save_for_backward(logits, grad)
+        ctx.dtype = logits.dtype
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(_eager_ensemble_backward, ctx, loss_grad)
+        return _once(_eager_ensemble_backward, ctx, 1, loss_grad)
 
 
 class _EnsembleCrossEntropy(torch.autograd.Function):
@@ -209,7 +229,7 @@ class _EnsembleCrossEntropy(torch.autograd.Function):
 
 
 def _eager_ensemble_backward(ctx: Any, loss_grad: Tensor) -> Gradients:
-    return _ensemble_backward(ctx.grad, ctx.dtype, loss_grad), None, None, None
+    return _ensemble_backward(ctx.saved_tensors[-1], ctx.dtype, loss_grad), None, None, None
 
 
 def _ensemble_backward(grad: Tensor, dtype: torch.dtype, loss_grad: Tensor) -> Tensor:
@@ -218,7 +238,7 @@ def _ensemble_backward(grad: Tensor, dtype: torch.dtype, loss_grad: Tensor) -> T
 
 def ensemble_cross_entropy(backend: str, logits: Tensor, target: Tensor, reduction: int) -> Tensor:
     """() or (B,) losses of eq. 1, differentiable once in `logits`."""
-    if _is_differentiated_twice():
+    if _is_differentiated_twice(logits):
         return reference.ensemble_cross_entropy(logits, target, reduction)
     if _is_transformed():
         loss, _ = _EnsembleCrossEntropy.apply(logits, target, reduction, backend)

@@ -95,11 +95,11 @@ struct ExpBelow<float> {
   }
 };
 
-// What this loses, |z| 2^-24 of the value, is little beside the rounding of such logits.
+// What this loses, d 2^-24 of the value for d = z - max, is little beside the rounding of such logits.
 struct RoughExpBelow {
-  float shift;
-  __device__ explicit RoughExpBelow(float max) : shift(max * kLog2e) {}
-  __device__ float operator()(float z) const { return exp2_rough(fmaf(z, kLog2e, -shift)); }
+  float max;
+  __device__ explicit RoughExpBelow(float of_row) : max(of_row) {}
+  __device__ float operator()(float z) const { return exp2_rough((z - max) * kLog2e); }
 };
 template <>
 struct ExpBelow<__half> : RoughExpBelow {
