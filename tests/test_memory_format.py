@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ceat_fast import Ensemble
 from ceat_fast.attacks import APGD, PGD
 from ceat_fast.ensemble import Execution, Tuned, frozen, tune
+from ceat_fast.models import digits_resnet
 
 
 class Flat(nn.Module):
@@ -164,3 +165,10 @@ def test_every_way_to_call_view(flat: Callable[[Tensor], Tensor]) -> None:
     model, (x, _) = Net(True).eval(), batch()
     with frozen(model) as view:
         torch.testing.assert_close(view(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_into_one_graph() -> None:
+    """What a compiler traces is not tried first."""
+    ensemble, x = Ensemble([digits_resnet() for _ in range(2)]).eval(), torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(ensemble, fullgraph=True)(x), ensemble(x))

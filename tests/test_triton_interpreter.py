@@ -260,6 +260,16 @@ def test_ensemble_cross_entropy(members, batch, classes, reduction, dtype):
 
 
 @on_kernels
+def test_ensemble_cross_entropy_of_a_label_that_all_members_rule_out():
+    logits, _, target = make_logits(3, 2, 5, torch.float32)
+    logits[:, 0, target[0]] = float("-inf")
+    loss, grad = ops.ensemble_cross_entropy(logits, target, 0, True)
+    assert loss.isposinf().tolist() == [True, False]
+    onehot = torch.nn.functional.one_hot(target[0], 5)
+    assert_near(grad[:, 0], (logits[:, 0].double().softmax(-1) - onehot) / 3, tolerance(torch.float32))
+
+
+@on_kernels
 def test_ensemble_cross_entropy_of_confident_and_of_hopeless_rows():
     logits = torch.zeros(2, 2, 2, device=DEVICE)
     logits[:, 0, 0] = torch.tensor([40.0, 41.0])

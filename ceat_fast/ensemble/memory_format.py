@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ceat_fast.ensemble.convolutions import is_traced
+
 Result = TypeVar("Result")
 
 
@@ -28,8 +30,10 @@ class ChannelsLast:
             own: whether its weights may be rearranged, which would bring channels_last back.
         """
         arranged = inputs if self._refused else [channels_last(x) for x in inputs]
+        if self._refused or is_traced():  # what is traced is not tried
+            return call(arranged)
         key = root.training, *(x.shape[1:] for x in inputs)
-        if self._refused or key in self._proved:
+        if key in self._proved:
             return call(arranged)
         before, generators = [buffer.clone() for buffer in root.buffers()], _generators(inputs)
         try:

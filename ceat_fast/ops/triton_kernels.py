@@ -283,8 +283,9 @@ def ensemble_cross_entropy_kernel(
     top, total, true_residual, ce = _statistics(rows, in_use, label, K, BLOCK_K, DTYPE)
     is_member = (members < M)[:, None]
     lowest = tl.min(tl.where(is_member, ce, float("inf")), 0)
-    lowest = tl.where(lowest == float("inf"), 0.0, lowest)  # p_y = 0 for every member: infinite, not NaN
-    share = tl.where(is_member, _exp(lowest[None, :] - ce), 0.0)
+    # Where all members rule the label out, the lowest is infinite: they share its gradient.
+    share = tl.where(ce == lowest[None, :], 1.0, _exp(lowest[None, :] - ce))
+    share = tl.where(is_member, share, 0.0)
     share_sum = tl.sum(share, 0)
     # Where the mean of p_y is near 1, one minus it is known to more digits than itself.
     mean_residual = tl.sum(tl.where(is_member, true_residual, 0.0), 0) / M
