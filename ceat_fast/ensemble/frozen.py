@@ -70,6 +70,7 @@ def _can_be_copied(model: nn.Module, precision: str) -> bool:
             require_copyable(model)
             if key not in views:  # what could be copied once can be copied again, but for what a glance shows
                 views[key] = _View(model, *key)
+                views[key].release()
         except (NotCopyableError, ValueError):
             return False
     return True

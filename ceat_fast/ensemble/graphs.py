@@ -42,7 +42,7 @@ def _pool() -> Iterator[Any]:
         yield pool
     except BaseException:
         torch.cuda.set_stream(stream)
-        with suppress(RuntimeError):  # later versions of torch have left the pool by themselves
+        with suppress(RuntimeError, AttributeError):  # later versions of torch have left the pool by themselves
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise
 
