@@ -38,7 +38,7 @@ $(BIN)/python:
 
 # torch is both what the native parts are built against and what runs them, so one copy serves without isolation.
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet $(TORCH) setuptools cmake ninja pybind11
+	$(BIN)/python -m pip install --quiet $(TORCH) 'setuptools>=77' cmake ninja pybind11
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[vision]'
 	touch $@
 
