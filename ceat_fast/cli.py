@@ -13,9 +13,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
 from ceat_fast import __version__
+from ceat_fast.imports import search_working_directory
 from ceat_fast.training.config import build_config, config_parser, setting_kinds, setting_names
 from ceat_fast.training.refusals import readable
-from ceat_fast.training.settings import AttackConfig
+from ceat_fast.training.settings import AttackConfig, evaluation_attack
 
 if TYPE_CHECKING:
     from ceat_fast.data import Dataset
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ceat_fast.training.watch import TrainingStoppedError
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    search_working_directory()  # for methods of the user's
     parser, commands = build_parser()
     if not argv:
         parser.print_help(sys.stderr)
@@ -84,9 +86,13 @@ def _evaluate_parser() -> ArgumentParser:
     from ceat_fast.evaluation.sources import SourceOptions
 
     parser = _parser("Judge a model, an ensemble and each of its members: clean, attacked, and whether to trust that.")
-    what = "Run folder, checkpoint, weights file, or module:function of your own that returns a model."
+    what = (
+        "Run folder, checkpoint, weights file, or module:function of your own that returns a model. "
+        "A run is judged by its own evaluation settings where no attack.* is given."
+    )
     parser.add_argument("model", type=str, help=what)
     parser.add_class_arguments(AttackConfig, "attack")
+    parser.set_defaults({"attack": asdict(evaluation_attack())})
     parser.add_class_arguments(EvaluationConfig)
     parser.add_class_arguments(SourceOptions)
     parser.add_argument(

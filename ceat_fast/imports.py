@@ -10,6 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 
+def search_working_directory() -> None:
+    """Let imports find modules in the working directory, after all other places."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def import_function(what: str, name: str) -> Callable[..., Any]:
     """The function of that name; importing it runs its module's code.
 
@@ -23,8 +29,7 @@ def import_function(what: str, name: str) -> Callable[..., Any]:
         ValueError: there is no such module or name in it, or it cannot be called.
     """
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    search_working_directory()
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:

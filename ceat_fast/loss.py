@@ -73,7 +73,7 @@ def ceat_loss(
         mu: weight of the adversarial distance, >= 0.
         lam_exponent, mu_exponent: factors of D in the exponentials, >= 0; lam and mu if None, as in the paper.
         pair_reduction: R above. "max" is the spread of the peers, so D is in [0, 1] for every M; "mean"; "sum".
-        distance_reduction: "sum" over the classes as in the paper, or "mean".
+        distance_reduction: "sum" over the classes, as in SCORE (the paper leaves it open), or "mean".
         detach_nat: let no gradient into the clean logits through the adversarial distance.
         max_weight: upper limit of the exponential weights, >= 1.
         reduction: over the batch: "mean", "sum" or "none".
@@ -176,7 +176,7 @@ class CEATLoss(nn.Module):
 
 
 def disparity(true_prob: Tensor, pair_reduction: str = "max") -> Tensor:
-    """Leave-one-out pairwise disparity D of eq. 18.
+    """Leave-one-out pairwise disparity D: what eq. 18 multiplies by mu.
 
     Args:
         true_prob: the members' probabilities of the true class, (M, B), float.

@@ -1,6 +1,6 @@
 """Models and images of your own: three of torchvision's ResNet-18 on a folder of images.
 
-    python examples/image_folder.py --folder IMAGES --out runs/mine
+    python examples/image_folder.py IMAGES --out runs/mine
 
 IMAGES/train/CLASS/*.png and IMAGES/test/CLASS/*.png, with any names of classes and any image format. The same by the
 command line, from the folder of this file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,8 @@ def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         (["--schedule", "Cosin"], "did you mean 'Cosine'?"),
         (["--average", "EMMA"], "did you mean 'EMA'?"),
         (["--schedule", "Cosine", "--schedule.finl", "0.1"], "did you mean 'schedule.final'?"),
+        (["--attack.qqq", "3"], "allowed: attack.alpha, attack.eps,"),
+        (["--zzz.qqq", "3"], "allowed: attack, average,"),
         (["--watch.patence", "2"], "did you mean 'watch.patience'?"),
         (["--optimizer.lt", "3"], "did you mean 'optimizer.lr'?"),
         (["--epoch", "3"], "did you mean 'epochs'?"),
@@ -279,3 +282,25 @@ def test_aliases_in_a_config_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("attack: &budget {eps: 0.2, alpha: 0.1}\nevaluation: *budget\n")
     assert load_config(path).evaluation.eps == 0.2
+
+
+def test_a_method_of_the_users_lies_in_the_working_directory(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain_method.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from ceat_fast.methods import EAT\n\n"
+        "@dataclass\nclass Plain(EAT):\n    strength: float = 1.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "plain.yaml"
+    path.write_text(CONFIG.replace("{class_path: CEAT, init_args: {lam: 5.0, mu: 1.0, impl: torch}}", "EAT"))
+    assert main(["train", "--config", str(path), "--method", "plain_method.Plain", "--out", "run"]) == 0
+    assert load_config("run/config.yaml").method.label == "Plain"
+
+
+def test_the_help_of_evaluate_shows_the_budget_that_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert re.search(r"gradient steps\. \(type: int, default: 20\)", capsys.readouterr().out)

@@ -364,6 +364,7 @@ def test_the_paper_preset_is_the_paper(request: pytest.FixtureRequest) -> None:
         ("epoch: 3", "did you mean 'epochs'"),
         ("epochs: many", "epochs"),
         ("epochs: 0", "epochs must be positive"),
+        ("attack: {qqq: 1}", "allowed: attack.alpha, attack.eps,"),
         ("optimizer: {lt: 0.1}", "did you mean 'optimizer.lr'"),
         ("validation: {attack: {epss: 0.1}}", "did you mean 'validation.attack.eps'"),
         (

@@ -27,6 +27,7 @@ from ceat_fast.models import build_model
 from ceat_fast.training import AttackConfig, Run
 from ceat_fast.training.checkpoint import AVERAGE, WEIGHTS, load_weights
 from ceat_fast.training.run import EVALUATION, KINDS, build_ensemble
+from ceat_fast.training.settings import evaluation_attack
 
 _MEMBER = "members."
 _OPTIONS = {"models": "a weights file", "checkpoint": "a run folder"}  # what an option is for
@@ -84,7 +85,7 @@ class Source(ABC):
     @property
     def attack(self) -> AttackConfig:
         """Budget of the attacks where the user gives none: the run's, or the paper's PGD-20."""
-        return AttackConfig(steps=20)
+        return evaluation_attack()
 
     @property
     @abstractmethod

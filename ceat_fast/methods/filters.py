@@ -1,4 +1,4 @@
-"""The filter functions of eq. 10 to 14 of the CEAT paper: which samples the peers of a member agree on.
+"""The filter functions of eq. 10, 11, 13 and 14 of the CEAT paper: which samples the peers of a member agree on.
 
 With S_j^+ the samples that member j classifies correctly and S_j^- the others, for member a and its peers b, c:
 

@@ -34,6 +34,7 @@ from ceat_fast.training.settings import (
     ParallelConfig,
     ValidationConfig,
     WatchConfig,
+    evaluation_attack,
 )
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -43,7 +44,7 @@ _KINDS = (Method, OptimizerConfig, Schedule, WeightAverage)  # written with thei
 
 @dataclass
 class TrainConfig:
-    """Settings of a training run; the defaults are the paper's for CIFAR-10 (section 4.1).
+    """Settings of a training run; defaults follow section 4.1 of the paper (docs/training.md: what it leaves open).
 
     Args:
         out: run folder, new or empty unless resume is true.
@@ -79,7 +80,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     eps_warmup_epochs: int = 0
-    evaluation: AttackConfig = field(default_factory=lambda: AttackConfig(steps=20))
+    evaluation: AttackConfig = field(default_factory=evaluation_attack)
     optimizer: OptimizerConfig = field(default_factory=SGD)
     schedule: Schedule = field(default_factory=MultiStep)
     average: WeightAverage | None = None

@@ -53,12 +53,16 @@ def _hint(name: str, names: Collection[str]) -> str:
     written = name.lower().replace("-", "_")
     place, _, last = written.rpartition(".")
     elsewhere = [known for known in folded.values() if known.rpartition(".")[2] == last]
-    nearest = elsewhere or [folded[near] for near in difflib.get_close_matches(written, folded, n=1, cutoff=0.75)]
+    others = [known for known in folded if not written.startswith(f"{known}.")]  # but what it would be a part of
+    nearest = elsewhere or [folded[near] for near in difflib.get_close_matches(written, others, n=1, cutoff=0.75)]
     if nearest:
         return f"; did you mean {' or '.join(map(repr, nearest[:3]))}?"
     return _allowed(place, names)
 
 
 def _allowed(place: str, names: Collection[str]) -> str:
+    """The names in that place, or in the nearest one around it that has any."""
     beside = sorted(name for name in names if name.rpartition(".")[0] == place)
+    if not beside and place:
+        return _allowed(place.rpartition(".")[0], names)
     return f"; allowed: {', '.join(beside)}" if beside else ""

@@ -58,6 +58,11 @@ class AttackConfig:
         PGD(**vars(self))  # refuses what is out of range
 
 
+def evaluation_attack() -> AttackConfig:
+    """The budget that the paper judges with (section 4.1)."""
+    return AttackConfig(eps=0.031, alpha=0.007, steps=20)
+
+
 @dataclass
 class ValidationConfig:
     """Training images that are held out and judged while training, clean and under PGD.
