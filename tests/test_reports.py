@@ -350,8 +350,9 @@ def test_the_card_has_robustbenchs_keys() -> None:
     result.checks.append(Check("zero gradients", "flag", "many"))
     card = robustbench_card(result)
     assert (card["autoattack_acc"], card["unreliable"]) == (None, True)
-    result.attacks["AA"]["settings"] |= {"precision": "fp32"}
-    assert robustbench_card(result)["eps"] == "8/255"
+    for given, shown in (("8/255", "8/255"), ("16 / 510", "8/255"), ("2.5/255", "2.5/255"), ("0.031", "0.031")):
+        result.attacks["AA"]["settings"] |= {"precision": "fp32", "eps_as_given": given}
+        assert robustbench_card(result)["eps"] == shown
 
 
 def test_flags_are_shown_in_full(tmp_path: Path) -> None:

@@ -67,9 +67,10 @@ def test_warm_up_is_linear_in_the_steps() -> None:
     assert cosine.factor(6, 3, 4) == pytest.approx(0.5)
 
 
-def test_a_one_cycle_of_few_steps_stays_finite() -> None:
-    for steps in (1, 2, 3, 4):
-        factors = [OneCycle().factor(step, 1, steps) for step in range(steps)]
+@pytest.mark.parametrize("rise", [0.1, 0.25, 0.3, 0.5])  # of 1 to 10 steps some rises take exactly one
+def test_a_one_cycle_of_few_steps_stays_finite(rise: float) -> None:
+    for steps in range(1, 11):
+        factors = [OneCycle(rise=rise).factor(step, 1, steps) for step in range(steps)]
         assert all(0 < factor <= 1 for factor in factors), steps
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ceat_fast.attacks.budget import parse_budget
 from ceat_fast.evaluation import CLEAN, EvaluationResult
 from ceat_fast.files import PathLike, write_atomic, write_json
 from ceat_fast.reports import sections
@@ -91,8 +92,8 @@ def _percent(result: EvaluationResult, subject: str, attack: str) -> str:
 
 def _eps_text(eps: str) -> str:
     """A multiple of 1/255 in that form, as RobustBench writes it."""
-    units = Fraction(eps) * 255
-    return f"{units.numerator}/255" if units.denominator == 1 else eps
+    units = 255 * parse_budget("eps", eps)
+    return f"{round(units)}/255" if math.isclose(units, round(units)) else eps
 
 
 def _score_rows(evaluated: Sequence[Evaluated]) -> Iterator[tuple[Any, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +14,6 @@ from multiprocessing import active_children, get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +22,7 @@ from ceat_fast.reproduce.judgements import Judgement
 from ceat_fast.training import NonFiniteLossError, Run, TrainConfig, Trainer
 from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import config_to_dict
-from ceat_fast.training.interrupts import TrainingInterrupted
+from ceat_fast.training.interrupts import SIGNALS, TrainingInterrupted, answering
 
 _WHERE = (
     "out", "device", "backend", "cuda_graph", "resume", "checkpoint", "watch", "parallel", "tensorboard", "evaluation",
@@ -91,7 +89,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, console: Console) -> list[Outcom
     outcomes: list[Outcome] = []
     with _processes(jobs) as pool:
         # The processes inherit that they ignore both: Ctrl-C reaches them through this one, and only while they work.
-        with _answered(signal.SIGINT, signal.SIG_IGN), _answered(signal.SIGTERM, signal.SIG_IGN):
+        with answering(SIGNALS, signal.SIG_IGN):
             running = pool.map(_run_apart, cells)
         for number, (cell, outcome) in enumerate(zip(cells, running, strict=True), start=1):
             console.print(_line(cell, outcome, number, len(cells)), highlight=False, soft_wrap=True)
@@ -105,7 +103,7 @@ def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     context, others = get_context("spawn"), active_children()
     stop = context.Event()
     settings = (max(1, torch.get_num_threads() // jobs), stop)
-    with _answered(signal.SIGTERM, _interrupt), ProcessPoolExecutor(jobs, context, _prepare, settings) as pool:
+    with answering([signal.SIGTERM], _interrupt), ProcessPoolExecutor(jobs, context, _prepare, settings) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
@@ -132,7 +130,7 @@ _stop: Event | None = None  # in a process of several: set when no further cell 
 
 def _run_apart(cell: Cell) -> Outcome:
     """`run_cell` in a process of several."""
-    with _answered(signal.SIGTERM, _interrupt):
+    with answering([signal.SIGTERM], _interrupt):
         if _stop is not None and _stop.is_set():
             _interrupt(signal.SIGTERM)
         return run_cell(cell)
@@ -140,19 +138,6 @@ def _run_apart(cell: Cell) -> Outcome:
 
 def _interrupt(number: int, frame: FrameType | None = None) -> None:
     raise TrainingInterrupted(number, "interrupted")
-
-
-@contextmanager
-def _answered(number: int, handler: Any) -> Iterator[None]:
-    """A signal goes to `handler` within the `with` block; only the main thread can say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 def run_cell(cell: Cell) -> Outcome:

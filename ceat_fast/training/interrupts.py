@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -25,22 +27,36 @@ class TrainingInterrupted(KeyboardInterrupt):
         return str(self.args[1])
 
 
+@contextmanager
+def answering(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """These signals go to `handler` within the `with` block. Python delivers signals to the main thread; in another one
+    nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            # None stands for a handler that was not set by Python, which cannot put it back.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
 class Interrupts:
     """Within the `with` block, `requested` is the number of the first such signal, or 0. A second Ctrl-C interrupts at
-    once. Python delivers signals to the main thread; in another one nothing is changed."""
+    once."""
 
     def __init__(self) -> None:
         self.requested = 0
-        self._previous: dict[int, Any] = {}
+        self._answering = answering(SIGNALS, self._request)
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+        self._answering.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._answering.__exit__(*error)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == signal.SIGINT:

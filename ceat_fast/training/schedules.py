@@ -106,7 +106,7 @@ class OneCycle(Schedule):
         last = steps_per_epoch * epochs - 1
         peak = self.rise * (last + 1) - 1
         if step <= peak:
-            return _anneal(1 / self.div, 1.0, step / peak)
+            return _anneal(1 / self.div, 1.0, step / peak if peak > 0 else 1.0)
         return _anneal(1.0, 1 / (self.div * self.final_div), (step - peak) / (last - peak) if last > peak else 1.0)
 
 
