@@ -119,6 +119,7 @@ def test_compiles_into_one_graph(device: str) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.10 compiles no Function within torch.func.grad")
 def test_compiled_transform_keeps_the_gradient(device: str) -> None:
     """torch 2.13 returns zeros from compile(func.grad(f)) where a Function acts directly on the input of f."""
     adv, nat, target = batch(device)
