@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ceat_fast.attacks import PGD
+from ceat_fast.attacks.worklist import Start
 from ceat_fast.data import iterate_batches, load_dataset
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.models import digits_resnet
@@ -34,6 +35,12 @@ def correct_batch(model: nn.Module, count: int, channels: int = 1) -> tuple[Tens
     x = torch.rand(count, channels, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         return x, model(x).argmax(1)
+
+
+def first_run(x: Tensor, y: Tensor, eps: float, clean: Tensor) -> Start:
+    """What the first run of every sample starts from, all with the same noise."""
+    zeros = torch.zeros_like(y)
+    return Start(x, y, torch.full((len(x),), eps, dtype=x.dtype), clean, run=zeros, noise_key=zeros)
 
 
 class Passes:

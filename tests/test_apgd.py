@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attack_models import Counting, correct_batch, linear, small_net
+from attack_models import Counting, correct_batch, first_run, linear, small_net
 from torch import nn
 
 from ceat_fast.attacks import APGD, apgd
@@ -20,6 +20,28 @@ def test_checkpoints_are_those_of_the_paper():
     """0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93 and 0.99 of 100 steps."""
     assert checkpoint_periods(100) == [22, 19, 16, 13, 10, 7, 6, 6]
     assert checkpoint_periods(1) == [1]
+
+
+def test_a_checkpoint_halves_the_step_size_after_few_rises_or_none_of_the_best_loss() -> None:
+    """Of 22 steps, 16 rises are few. A best loss that stands still counts unless the last checkpoint halved as well."""
+    search = APGD(0.1, steps=100).search(small_net(), 0.0, 10)
+    x, y = torch.rand(4, 1, 6, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    rows = search.begin(first_run(x, y, 0.1, torch.zeros(4, 10)))
+    rows.rises = torch.tensor([16, 17, 17, 17])
+    rows.checked_loss = torch.tensor([0.5, 1.0, 1.0, 0.5])
+    rows.halved = torch.tensor([False, False, True, False])
+    rows.loss, rows.best_loss = torch.full((4,), 0.75), torch.ones(4)
+    rows.best_point, rows.best_grad = x, torch.ones_like(x)
+    there = rows.point
+    grad = search._check(rows, torch.zeros_like(x), torch.full((4,), 16))
+    halves = [True, True, False, False]
+    assert rows.halved.tolist() == halves
+    assert rows.eta.tolist() == [0.1, 0.1, 0.2, 0.2]
+    for row, goes_back in enumerate(halves):
+        assert torch.equal(rows.point[row], x[row] if goes_back else there[row])
+        assert grad[row].unique().tolist() == [goes_back]
+    assert rows.rises.tolist() == [0] * 4
+    assert rows.checked_loss.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -65,8 +87,7 @@ def test_trajectory_is_that_of_the_authors_code(norm, eps, loss, monkeypatch):
     with torch.no_grad():
         clean = model(x)
     search = APGD(eps, norm, loss=loss, steps=60).search(model, 0.0, 10)
-    zeros = torch.zeros_like(y)
-    rows = search.begin(Start(x, y, torch.full((12,), eps), clean, run=zeros, noise_key=zeros))
+    rows = search.begin(first_run(x, y, eps, clean))
     with torch.no_grad():
         for step in range(search.steps - 1):  # the last one only looks
             search.advance(rows, torch.full((12,), step))
@@ -151,7 +172,7 @@ def test_averaged_gradients_point_where_noise_hides_them():
     torch.manual_seed(0)
     search = APGD(0.1, eot=40).search(Noisy().eval(), 0.0, 3)
     zero = torch.zeros(1, dtype=torch.int64)
-    rows = search.begin(Start(HALF, zero, torch.full((1,), 0.1), torch.zeros(1, 3), zero, zero))
+    rows = search.begin(first_run(HALF, zero, 0.1, torch.zeros(1, 3)))
     with torch.no_grad():
         passes = search.advance(rows, zero)
     assert tuple(passes) == (40, 40)

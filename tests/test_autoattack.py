@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
-from attack_models import correct_batch, digits_ensemble, digits_test, small_net
-from torch import nn
+from attack_models import correct_batch, digits_ensemble, digits_test, linear, small_net
+from torch import Tensor, nn
 
 from ceat_fast.attacks import APGD, FAB, AutoAttack, Square
 from ceat_fast.attacks.worklist import WorkList
@@ -254,13 +255,23 @@ def test_flags_probabilities():
     assert any("probabilities" in flag for flag in result.flags)
 
 
-def test_flags_random_answers():
+@pytest.mark.parametrize("passes", [range(2, 10**6), [4]], ids=["always", "once"])
+def test_flags_random_answers(passes: Sequence[int]) -> None:
     class Random(nn.Module):
-        def forward(self, x):
-            return torch.randn(len(x), 10) + 0 * x.flatten(1).sum(1, keepdim=True)
+        """Answers at random in these passes."""
+
+        count = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            Random.count += 1  # of all copies
+            return self.model(x) + (torch.randn(len(x), 10) if Random.count in passes else 0)
 
     with pytest.warns(UserWarning, match="answers are random: use version='rand'"):
-        AutoAttack(0.01, **SHORT).run(Random().eval(), torch.rand(20, 1, 6, 6), torch.zeros(20, dtype=torch.int64))
+        AutoAttack(0.01, **SHORT).run(Random().eval(), *correct_batch(small_net(), 20))
 
 
 def test_flags_square_beating_gradients():
@@ -281,6 +292,14 @@ def test_flags_square_beating_gradients():
     messages = [str(warning.message) for warning in caught]
     assert any("square lowers the robust accuracy by 100.00%" in message for message in messages)
     assert any("apgd-ce: zero gradient at the start of 4 searches" in message for message in messages)
+
+
+def test_a_square_that_comes_first_casts_no_doubt_on_gradients() -> None:
+    x, y = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    model = linear([[0.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]], [2.001, 0, 0, 0])
+    result = AutoAttack(0.1, version="custom", attacks=("square", "apgd-ce"), queries=20, steps=3).run(model, x, y)
+    assert result.fooled_by.tolist() == [1, 1]
+    assert result.flags == []
 
 
 def test_an_honest_model_is_not_flagged():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ceat_fast import __version__
 from ceat_fast.cli import main
-from ceat_fast.training import load_config
+from ceat_fast.training import Trainer, TrainingInterrupted, load_config
 
 
 def linear(num_classes: int, in_channels: int) -> nn.Module:
@@ -159,6 +160,24 @@ def test_wrong_keys_in_a_config_file_are_one_line(capsys: pytest.CaptureFixture[
     assert "did you mean 'optimizer.lr'?" in failure(capsys, "train", "--config", str(path))
     path.write_text("!!python/object/apply:os.system ['true']\n")
     failure(capsys, "train", "--config", str(path))
+
+
+def test_an_interrupted_training_says_how_it_continues(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(trainer: Trainer) -> None:
+        raise TrainingInterrupted(signal.SIGTERM, "interrupted after step 3")
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    assert main(["train", "--config", config, "--out", str(tmp_path / "run")]) == 143
+    line = "ceat-fast: error: interrupted after step 3; the same command with --resume true continues\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_run_that_goes_wrong_ends_with_one(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optimizer.lr", "1e30", "--epochs", "9", "--out", str(tmp_path / "run")]
+    assert main(["train", "--config", config, *options]) == 1
+    assert re.search(r"^ceat-fast: error: .*; last checkpoint: .*step-\d+$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_finished_run_without_its_records(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

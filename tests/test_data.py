@@ -9,6 +9,7 @@ import os
 import pickle
 import urllib.error
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -144,6 +145,24 @@ def test_cifar_files_are_read_in_channel_first_order(torchvision_datasets, tmp_p
     assert data.test_labels.tolist() == [8, 9]
     assert torch.equal(data.test_images, torch.from_numpy(pixels).view(2, 3, 32, 32))
     assert (data.num_classes, data.scale, data.augment) == (10, 255.0, "crop_flip")
+
+
+def test_svhn_is_cropped_and_not_mirrored(
+    torchvision_datasets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An SVHN of two images per file, with its own checksums; the digit 0 has the label 10."""
+    io = pytest.importorskip("scipy.io", reason="SVHN is read with scipy")
+    pixels = (np.arange(2 * 3072) % 251).astype(np.uint8).reshape(2, 3, 32, 32)
+    files = {}
+    for split, labels in (("train", [1, 10]), ("test", [9, 2])):
+        path = tmp_path / f"{split}.mat"
+        io.savemat(path, {"X": pixels.transpose(2, 3, 1, 0), "y": np.array(labels)[:, None]})
+        files[split] = ["https://", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(torchvision_datasets.SVHN, "split_list", files)
+    data = load_dataset("svhn", tmp_path)
+    assert torch.equal(data.train_images, torch.from_numpy(pixels))
+    assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([1, 0], [9, 2])
+    assert (data.num_classes, data.scale, data.augment) == (10, 255.0, "crop")
 
 
 def test_official_cifar10():

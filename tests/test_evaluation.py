@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ceat_fast.attacks import CW, MIM, PGD, AutoAttack, Square
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import EvaluationResult, Score, evaluate, wilson_interval
+from ceat_fast.evaluation.fingerprint import digest_model
+from ceat_fast.evaluation.runs import _without_tf32
 
 
 class Threshold(nn.Module):
@@ -250,6 +252,28 @@ def test_volumes_in_batches_of_as_many_as_there_are_members(batch_size: int) -> 
     result = evaluate(ensemble, volumes, LABELS, attacks, batch_size=batch_size, sanity_samples=2)
     for subject in ("ensemble", "member 1"):
         assert flags(result.score(subject, "PGD")) == [True, True, False, False, True, True]
+
+
+def test_distances_are_in_the_norm_of_the_attack() -> None:
+    attack = PGD(eps=0.2, alpha=0.2, steps=2, random_start=False, seed=0, norm="L2")
+    norm = evaluate(Threshold(0.5).eval(), IMAGES, LABELS, {"L2": attack}, sanity_samples=0).score("model", "L2").norm
+    assert norm.tolist() == pytest.approx([0.2] * 6)  # four pixels by 0.1
+
+
+def test_the_fingerprint_is_of_averages_and_buffers_too() -> None:
+    digests = []
+    for average, running_mean in (("prob", 0.0), ("logit", 0.0), ("prob", 1.0)):
+        norm = nn.BatchNorm1d(2)
+        norm.running_mean.fill_(running_mean)
+        digests.append(digest_model(Ensemble([norm], average=average)))
+    assert len(set(digests)) == 3
+
+
+def test_convolutions_are_not_rounded_while_a_run_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with _without_tf32():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_wilson_interval() -> None:

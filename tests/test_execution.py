@@ -181,6 +181,7 @@ def test_compiled_candidates_only_for_long_jobs(monkeypatch):
         ((601, 0), ("loop+compile", "loop")),
         ((0, 601), ("loop+compile", "loop+compile")),
         ((0, 0), ("loop+compile", "loop+compile")),
+        ((10**6, 10**6), ("loop+compile", "loop+compile")),  # nothing is measured again
     ):
         choices = tune(ensemble(), images(), passes=counts[0], updates=counts[1])
         assert tuple(map(str, choices)) == expected

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import VALIDATED, tiny_config, train
+from tiny_training import VALIDATED, Judge, tiny_config, train
 from torch import Tensor, nn
 
 from ceat_fast.cli import main
@@ -51,7 +51,9 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tiny_config(tmp_path_factory.mktemp("export") / "run", epochs=3, validation=VALIDATED)).run
+    """Its best weights are those of the second epoch."""
+    config = tiny_config(tmp_path_factory.mktemp("export") / "run", epochs=3, validation=VALIDATED)
+    return train(config, callbacks=[Judge(0.1, 0.3, 0.2)]).run
 
 
 def test_a_stranger_gets_the_ensembles_answers(run: Run, tmp_path: Path) -> None:
@@ -94,11 +96,11 @@ def test_results_are_shown_for_the_weights_that_were_judged(run: Run, tmp_path: 
     )
     assert clean["accuracy"] == pytest.approx(result.score("ensemble").accuracy)
     assert f"| clean | {100 * clean['accuracy']:.1f} (" in (folder / "README.md").read_text()
-    members = load_file(export_run(run, tmp_path / "best", checkpoint="best", program=False) / "member-0.safetensors")
-    last = load_file(folder / "member-0.safetensors")
-    same = torch.equal(members["fc.weight"], last["fc.weight"])
-    best = json.loads((tmp_path / "best" / "card.json").read_text())
-    assert (best["results"] is not None) == same
+    best = export_run(run, tmp_path / "best", checkpoint="best", program=False)
+    assert json.loads((best / "card.json").read_text())["results"] is None
+    for exported, checkpoint in ((folder, "last"), (best, "best")):
+        member = run.load_ensemble(load_dataset("digits"), "cpu", checkpoint=checkpoint).members[0]
+        assert torch.equal(load_file(exported / "member-0.safetensors")["fc.weight"], member.fc.weight)
 
 
 def test_the_command(
@@ -107,16 +109,25 @@ def test_the_command(
     out = str(tmp_path / "out")
     assert main(["export", str(run.folder), "--out", out, "--program", "false"]) == 0
     assert f"written: {out}" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "ensemble.pt2").exists()
     assert main(["export", str(run.folder), "--out", out]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert main(["export", str(run.folder), "--out", "."]) == 2
     assert "out='.' must not be the working directory" in capsys.readouterr().err
-    options = ["--program", "false", "--data.root", "no/where"]  # digits need no files
+    options = ["--checkpoint", "best", "--program", "false", "--data.root", "no/where"]  # digits need no files
     assert main(["export", str(run.folder), "--out", "new", *options]) == 0
+    assert json.loads(Path("new/card.json").read_text())["checkpoint"] == "best"
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_the_program_averages_as_the_ensemble_does() -> None:
+    torch.manual_seed(0)
+    ensemble = Ensemble([nn.Linear(4, 3) for _ in range(2)], average="logit").eval()
+    x = 3 * torch.randn(5, 4)
+    torch.testing.assert_close(export_program(ensemble, x[:1]).module()(x), ensemble(x))
 
 
 def test_a_model_that_cannot_be_traced_is_named() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attack_models import Counting, correct_batch, linear, small_net
+from attack_models import Counting, correct_batch, first_run, linear, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +139,16 @@ def test_the_first_run_starts_at_the_image_and_others_half_way_to_the_surface(no
     rows = search.begin(Start(x, y, torch.full((4,), 0.1).double(), model(x), run, noise_key=run))
     distance = torch.linalg.vector_norm((rows.point - x).flatten(1), ORDERS[norm], dim=1)
     assert distance.tolist() == pytest.approx([0, 0.05, 0, 0.05])
+
+
+def test_a_step_mixes_in_the_move_from_the_image() -> None:
+    """Both moves are 0.1 long, so alpha_max = 0.1 is the share: 0.9 (0.7 - 1.05 * 0.1) + 0.1 (0.5 + 1.05 * 0.1)."""
+    x, y = torch.full((1, 2), 0.5, dtype=torch.float64), torch.tensor([0])
+    search = FAB(0.3).search(linear([[0.0, 0], [1, 0]]), 0.0, 2)
+    rows = search.begin(first_run(x, y, 0.3, torch.zeros(1, 2)))
+    rows.point = x + torch.tensor([[0.2, 0.0]])
+    point = search._toward(rows, torch.tensor([0.1]).double(), torch.tensor([[1.0, 0.0]]).double())
+    assert point.flatten().tolist() == pytest.approx([0.596, 0.5])
 
 
 def test_restarts_keep_the_nearest_point():

@@ -29,6 +29,15 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_file_is_replaced_and_not_written_over(tmp_path: Path) -> None:
+    """Who reads the old one meanwhile reads all of it."""
+    path, other = tmp_path / "file", tmp_path / "other name"
+    path.write_bytes(b"old")
+    os.link(path, other)
+    write_atomic(path, b"new")
+    assert (path.read_bytes(), other.read_bytes()) == (b"new", b"old")
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for write in (

@@ -244,6 +244,15 @@ def test_low_precision_has_fp32_logits_near_the_model(precision, bound, as_ensem
     assert 0 < (grad - exact_grad).norm() < bound * exact_grad.norm()
 
 
+@pytest.mark.parametrize("average", ["prob", "logit"])
+def test_low_precision_averages_as_the_model_does(average: str) -> None:
+    torch.manual_seed(0)
+    model = Ensemble([nn.Linear(4, 3) for _ in range(2)], average=average).eval()
+    x = 9 * torch.randn(5, 4)
+    with torch.no_grad(), frozen(model, "bf16") as view:
+        torch.testing.assert_close(view(x), model(x), rtol=0, atol=0.1)
+
+
 def test_batch_statistics_are_those_of_the_batch():
     model = lived_in(Net())
     state = copy.deepcopy(model.state_dict())

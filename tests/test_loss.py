@@ -563,6 +563,11 @@ def test_vmap_over_batches_with_labels_of_their_own(backend: Backend) -> None:
     torch.testing.assert_close(
         losses, torch.stack([ceat_loss(*rows, impl=impl) for rows in zip(adv, nat, target, strict=True)])
     )
+    gradient = torch.func.grad(lambda a, n, t: ceat_loss(a, n, t, impl=impl).sum())
+    torch.testing.assert_close(
+        torch.vmap(gradient)(adv, nat, target),
+        torch.stack([gradient(*rows) for rows in zip(adv, nat, target, strict=True)]),
+    )
 
 
 def test_backward_twice_with_a_kept_graph(backend: Backend) -> None:

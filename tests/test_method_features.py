@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy
@@ -170,6 +171,17 @@ def test_the_search_finds_the_nearest_input_of_the_ball(scale: float) -> None:
     expected = torch.tensor([0.1, 0.6, 0.86, 0.4], dtype=torch.float64)
     assert away.shape == (1, 1, 1, 2, 2)
     torch.testing.assert_close(away.flatten(), expected, atol=1e-9, rtol=0)
+
+
+def test_the_search_has_momentum() -> None:
+    """The first step goes past the target; the second gradient cancels the first, so the input stays, then returns."""
+    ensemble = Ensemble([Pixels(1.0)], backend="loop")
+    source = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
+    places = []
+    for steps in (1, 2, 3):
+        found = search_features(ensemble, ["scaled"], source, source, source + 0.01, eps=0.3, alpha=0.02, steps=steps)
+        places += found.unique().tolist()
+    assert places == pytest.approx([0.52, 0.52, 0.5])
 
 
 def test_without_a_gradient_the_search_stays_and_gives_no_nan() -> None:
@@ -450,6 +462,26 @@ def test_every_member_of_fasten_gets_an_input_of_another_one(monkeypatch: pytest
         assert all(source != i for i, source in enumerate(sources))
         pairs.add(frozenset(searched))
     assert len(pairs) > 5
+
+
+def test_the_searches_of_fasten_start_at_points_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each member, and in each epoch."""
+    starts: list[Tensor] = []
+
+    def search(
+        ensemble: Ensemble, layers: list[str], start: Tensor, center: Tensor, *_: Tensor, **__: object
+    ) -> Tensor:
+        starts.extend(start)
+        return center.expand(2, *center.shape)
+
+    monkeypatch.setattr(fasten, "search_features", search)
+    ensemble, batch = small_ensemble((2, 2))
+    method = FASTEN()
+    for epoch in (FIRST, SECOND):
+        method.begin_epoch(epoch)
+        method.perturb(own_attack(2), ensemble, batch)
+    assert len(starts) == 4
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(starts, 2))
 
 
 def test_the_radius_of_fasten_is_its_own_and_not_that_of_the_attack() -> None:

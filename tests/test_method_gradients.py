@@ -169,6 +169,13 @@ def test_trs_radius_grows_linearly_over_the_epochs() -> None:
         assert moved.abs().max().item() == pytest.approx(delta, rel=1e-5)
 
 
+def test_the_steps_of_the_search_for_long_gradients_are_a_third_of_delta() -> None:
+    ensemble, batch = smooth_ensemble(2)
+    images = batch.images.clamp(0.2, 0.8)
+    moved = (search_steep(ensemble, images, batch.labels, delta=0.03, steps=1) - images).abs()
+    assert moved.flatten().tolist() == pytest.approx([0.01] * images.numel(), rel=1e-6)
+
+
 def test_the_inner_search_leaves_the_members_as_they_were() -> None:
     ensemble, batch = small_ensemble()
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
@@ -197,3 +204,5 @@ def test_gal_adds_noise_to_a_share_of_the_clean_images() -> None:
     assert 70 <= changed.sum() <= 130  # 100 expected, standard deviation 8.7
     assert (noisy - images)[changed].std().item() == pytest.approx(0.1, rel=0.05)
     assert GAL(noise_std=0.0)._noisy(images) is images
+    loud = GAL(noise_std=1.0, noise_probability=1.0)._noisy(images)
+    assert (loud.min(), loud.max()) == (0, 1)

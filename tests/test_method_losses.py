@@ -10,7 +10,7 @@ import torch
 from method_models import CLASSES, FixedLogits, fixed_ensemble, numbered, probabilities
 
 from ceat_fast.ensemble import Ensemble
-from ceat_fast.methods import ADP, MART, SCORE, Batch
+from ceat_fast.methods import ADP, MART, SCORE, Batch, Method
 from ceat_fast.methods.adp import diversity
 
 CLEAN, ADVERSARIAL = 0, 1
@@ -48,15 +48,17 @@ def test_adp(members: int, everywhere: bool) -> None:
         assert losses[m].item() == pytest.approx(ce - shared / members, abs=1e-10)
 
 
-def test_adp_gradient_matches_finite_differences() -> None:
+@pytest.mark.parametrize("method", [ADP(), SCORE(), MART()], ids=lambda method: type(method).__name__)
+def test_gradients_match_finite_differences(method: Method) -> None:
     ensemble, batch = fixed_ensemble(3, 2)
     tables = [member.table for member in ensemble.members]
+    adversarial = numbered(batch, ADVERSARIAL, 3 if method.goal == "members" else None)
 
     def total(*values: torch.Tensor) -> torch.Tensor:
         for member, value in zip(ensemble.members, values, strict=True):
             del member.table
             member.table = value
-        return ADP().step(ensemble, numbered(batch, ADVERSARIAL), batch).losses.sum()
+        return method.step(ensemble, adversarial, batch).losses.sum()
 
     for member, table in zip(ensemble.members, tables, strict=True):
         del member._parameters["table"]

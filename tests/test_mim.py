@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from attack_models import correct_batch, small_net
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ceat_fast.attacks import MDI2, MIM, PGD
+from ceat_fast.attacks import MDI2, MIM, PGD, mim
 from ceat_fast.attacks.diversity import resize_and_pad
 from ceat_fast.ensemble import Ensemble
 
@@ -149,6 +150,27 @@ def test_the_model_of_mdi2_sees_other_sizes_and_the_gradient_returns_to_the_imag
     # The corner shows the image where the place is (0, 0), 1 of 4 or of 9 places, else the zeros of the border.
     assert 0.1 < (moved > 0).float().mean().item() < 0.35
     assert torch.equal(MDI2(0.1, 0.1, 1, probability=0.0, seed=0)(Corner().eval(), x, y), plain)
+
+
+def test_every_step_draws_other_sizes_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+
+    def watched(x: Tensor, uniform: Tensor, *settings: float) -> Tensor:
+        drawn.append(uniform)
+        return x
+
+    monkeypatch.setattr(mim, "resize_and_pad", watched)
+    model = small_net()
+    MDI2(0.1, 0.02, 3, seed=0)(model, *correct_batch(model, 2))
+    assert len(torch.stack(drawn).unique()) == 3 * 2 * 4  # steps, samples, numbers of each
+
+
+def test_long_searches_without_decay_see_the_inputs_of_every_step() -> None:
+    """An iterate that returns is no cycle: the step after it sees other inputs."""
+    model = small_net()
+    x, y = correct_batch(model, 4)
+    attack = MDI2(0.1, 0.02, 60, decay=0.0, probability=1.0, least_size=0.5, seed=0)
+    assert torch.equal(attack(model, x, y), attack.perturb(model, x, y))
 
 
 @pytest.mark.parametrize("restarts", [1, 2])

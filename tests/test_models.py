@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ceat_fast.models import build_model, resnet20, resnet26, resnet32
+from ceat_fast.data import load_dataset
+from ceat_fast.models import build_model, digits_resnet, resnet20, resnet26, resnet32
 from ceat_fast.models.resnet import BasicBlock, Normalize, ResNet
 
 
@@ -59,6 +60,14 @@ def test_statistics_are_buffers_and_follow_the_channels():
     assert resnet20(in_channels=1).normalize.mean.flatten().tolist() == [0.5]
     custom = resnet20(in_channels=2, normalize=((0.1, 0.2), (0.3, 0.4)))
     assert custom.normalize.std.flatten().tolist() == pytest.approx([0.3, 0.4])
+
+
+def test_the_digits_network_normalises_by_the_statistics_of_the_digits() -> None:
+    digits = load_dataset("digits")
+    pixels = digits.train_images / digits.scale
+    own = digits_resnet().normalize
+    assert (own.mean.item(), own.std.item()) == pytest.approx((pixels.mean().item(), pixels.std().item()), abs=1e-3)
+    assert digits_resnet(in_channels=3).normalize.mean.flatten().tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 40), (64, 64)])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from attack_models import linear
 from torch import nn
 
 from ceat_fast.attacks import PGD
@@ -84,6 +85,13 @@ def test_dlr_does_not_change_under_shift_and_scale():
 def test_margin_ends_to_rise_at_kappa():
     rows = Objective(Table(), LABELS, loss="margin", kappa=4.0).judge(torch.zeros(2, 3, dtype=torch.float64))
     assert rows.losses.tolist() == pytest.approx([-0.5, 4.0], rel=1e-12)
+
+
+def test_some_of_the_samples_keep_the_margin_of_all() -> None:
+    x, y = torch.full((2, 2), 0.5, dtype=torch.float64), torch.tensor([0, 0])
+    every = Objective(linear([[0.0, 0], [3, 3]]), y, loss="margin", kappa=0.5)
+    assert every.judge(x).losses.tolist() == [0.5, 0.5]
+    assert every.select(torch.tensor([1])).judge(x[1:]).losses.tolist() == [0.5]
 
 
 def test_margin_holds_for_logits_far_below_any_finite_mask():

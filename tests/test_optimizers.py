@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_training import Tiny, tiny_config, train
 from torch import nn
 
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.methods import EAT
-from ceat_fast.training import EMA, SGD, SWA, Adam, AdamW, MultiStep, OptimizerConfig
+from ceat_fast.training import EMA, SGD, SWA, Adam, AdamW, MultiStep, OptimizerConfig, Trainer
 from ceat_fast.training.averaging import AveragedEnsemble
 from ceat_fast.training.optimizers import MemberOptimizer
 
@@ -139,13 +141,11 @@ def test_low_precision_trains_like_fp32(precision: str, tolerance: float, tmp_pa
 
 def test_an_overflow_in_fp16_leaves_the_step_out_and_lowers_the_scale(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", method=EAT(), precision="fp16", epochs=1, batch_size=96)
-    from rich.console import Console
-
-    from ceat_fast.training import Trainer
-
     trainer = Trainer(config, console=Console(quiet=True))
     trainer.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     before = trainer.ensemble.members[0].fc.weight.detach().clone()
     trainer.fit()
     assert torch.equal(trainer.ensemble.members[0].fc.weight, before)
     assert trainer.stepper.scaler.get_scale() == 2.0**125
+    resumed = Trainer(replace(config, epochs=2, resume=True), console=Console(quiet=True))
+    assert resumed.stepper.scaler.get_scale() == 2.0**125

@@ -29,8 +29,18 @@ from ceat_fast.evaluation import (
 )
 from ceat_fast.evaluation.protocol import EvaluationConfig
 from ceat_fast.methods import CEAT, EAT, Method
-from ceat_fast.reports import figures, page, robustbench_card, score_table, write_comparison, write_report
+from ceat_fast.reports import (
+    comparison,
+    figures,
+    page,
+    robustbench_card,
+    score_table,
+    sections,
+    write_comparison,
+    write_report,
+)
 from ceat_fast.reports.canvas import canvas, legend, whole_epochs
+from ceat_fast.reports.evaluated import Evaluated
 from ceat_fast.reports.statistics import main_columns, mcnemar, paired_difference, strongest, worst_case
 from ceat_fast.reports.tables import check_table
 from ceat_fast.training import SGD, AttackConfig, DataConfig, MultiStep, TrainConfig, Trainer
@@ -196,6 +206,8 @@ def test_the_same_as_files(runs: list[Path], tmp_path: Path) -> None:
     ]
     assert int(sample["prediction"]) == int(result.score("ensemble", "PGD-3").prediction[7])
     assert int(sample["label"]) == int(result.labels[7])
+    assert float(sample["margin"]) == pytest.approx(result.score("ensemble", "PGD-3").margin[7].item(), rel=1e-4)
+    assert float(sample["norm"]) == pytest.approx(0.3, rel=1e-4)
     with pytest.raises(FileExistsError, match="is not empty"):
         write_report(runs, tmp_path / "other.html", files=tmp_path / "files")
 
@@ -224,8 +236,10 @@ def test_a_comparison_counts_image_by_image(tmp_path: Path) -> None:
         saved(toy([1, 0, 0, 0], name="old"), tmp_path / "a"),
         saved(toy([0, 1, 1, 0], name="new"), tmp_path / "b"),
     ]
-    outline = Outline(write_comparison(folders, tmp_path / "c.html").read_text())
+    text = write_comparison(folders, tmp_path / "c.html").read_text()
+    outline = Outline(text)
     assert outline.open == []
+    assert re.findall(r'<td class="number best">([\d.]+)', text) == ["75.0", "75.0", "50.0"]  # a tie, and the new one
     assert "compared with old" in outline.text
     assert "+25.0" in outline.text
     assert "+2 -1, p 1.000" in outline.text
@@ -309,6 +323,36 @@ def test_mcnemar() -> None:
     assert mcnemar(0, 5000) == pytest.approx(0.0, abs=1e-300)
     d = paired_difference(score("model", CLEAN, [1, 1, 0, 0]), score("model", CLEAN, [1, 0, 1, 1]))
     assert d[:3] == (0.25, 2, 1)
+
+
+def test_small_p_values_are_said_to_be_small() -> None:
+    shown = [comparison._p_value(p) for p in (0.0009, 0.001, 0.0049, 1.0)]
+    assert shown == ["< 0.001", "0.001", "0.005", "1.000"]
+
+
+def test_of_many_classes_those_are_shown_that_are_hardest_under_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class 0 is never right when clean, class 1 never under attack."""
+    shown: list[int] = []
+
+    def picture(result: EvaluationResult, order: torch.Tensor) -> figures.Picture:
+        shown.extend(order.tolist())
+        return figures.Picture(b"", 1)
+
+    monkeypatch.setattr(sections, "MOST_CLASSES", 1)
+    monkeypatch.setattr(sections, "class_picture", picture)
+    result = toy([1, 1, 0, 0])
+    result.scores[0] = score("model", CLEAN, [0, 0, 1, 1])
+    sections.classes(Evaluated("toy", Path("toy"), result))
+    assert shown == [1]
+
+
+def test_the_speed_counts_the_images_of_every_subject() -> None:
+    """4 images of two subjects in 2 seconds are 4 images/s."""
+    scores = [score(who, name, [1, 1, 1, 0]) for name in (CLEAN, "PGD-20") for who in ("ensemble", "member 0")]
+    attacks = {CLEAN: NOTHING, "PGD-20": settings(steps=20)}
+    result = EvaluationResult(scores, attacks, torch.tensor([0, 0, 1, 1]), [], ABOUT)
+    text = Outline(sections.cost([Evaluated("toy", Path("toy"), result)])).text
+    assert "PGD-20 2.0 4 20 20" in " ".join(text.split())
 
 
 def test_the_worst_case_is_right_under_every_attack() -> None:

@@ -11,25 +11,29 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from tiny_training import tiny_config, train
 from torch import nn
 
 from ceat_fast.cli import main
-from ceat_fast.evaluation import TransferConfig
-from ceat_fast.methods import ADP, CEAT, DVERGE, EAT, FASTEN, GAL, TRS
+from ceat_fast.evaluation import TransferConfig, TransferMatrix
+from ceat_fast.methods import ADP, CEAT, DVERGE, EAT, FASTEN, GAL, LAFED, TRS
 from ceat_fast.models import build_model
 from ceat_fast.models.resnet import CIFAR10_STATISTICS
-from ceat_fast.reproduce import EXPERIMENTS, SCALES, cells, reproduce
-from ceat_fast.reproduce.judgements import Attacked
+from ceat_fast.reproduce import EXPERIMENTS, SCALES, cells, figures, reproduce
+from ceat_fast.reproduce.judgements import Attacked, Judgement, Transferred
 from ceat_fast.reproduce.numbers import COLUMNS
+from ceat_fast.reproduce.outcome import BlockResult, Reproduction, RowResult
 from ceat_fast.reproduce.scales import Scale
 from ceat_fast.reproduce.statistics import summarise
 from ceat_fast.reproduce.tables import grids
-from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError, TrainingInterrupted
+from ceat_fast.training import SGD, Adam, AttackConfig, NonFiniteLossError, Run, TrainConfig, TrainingInterrupted
+from ceat_fast.training.checkpoint import checkpoints
 
 
 @pytest.fixture
@@ -150,6 +154,7 @@ def test_search_radii_keep_their_ratio_to_the_attack() -> None:
     small = SCALES["small"].settings[0]
     assert small.attack.eps == 0.15
     assert small.scaled(DVERGE()).eps == pytest.approx(0.07 * 0.15 / 0.031)
+    assert small.scaled(LAFED()).alpha == pytest.approx(LAFED().alpha * 0.15 / 0.031)
     assert small.scaled(FASTEN()).eps == pytest.approx(0.06 * 0.15 / 0.031)
     assert small.scaled(TRS()).last_delta == pytest.approx(0.03 * 0.15 / 0.031)
     assert small.scaled(CEAT()) == CEAT()
@@ -204,6 +209,25 @@ def test_mean_deviation_and_interval() -> None:
     assert not summarise([1.0, 1.0]).is_clear  # two can agree by chance
     assert summarise([0.0] * 16 + [17.0]).half_width == pytest.approx(2.120)  # t(16); the mean deviates by 1
     assert summarise([7.0]) == (summary.__class__)(7.0, None, None, 1)
+
+
+def test_differences_are_between_trainings_of_the_same_seed() -> None:
+    (setting,), block = SCALES["smoke"].settings, EXPERIMENTS["table4"].blocks[0]
+    numbers = ({"NAT": {0: 50.0, 1: 60.0, 2: 80.0}}, {"NAT": {1: 55.0, 2: 70.0}})  # one training failed
+    rows = [RowResult(row, found, None, {}, {}) for row, found in zip(block.rows, numbers, strict=False)]
+    ours, _ = BlockResult(block, setting, rows).contrast(block.rows[0].name, block.rows[1].name, "NAT")
+    assert (ours.mean, ours.count) == (7.5, 2)
+
+
+def test_curves_over_the_epochs_are_means_over_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "picture", drawn.append)
+    scale, experiment = SCALES["smoke"], EXPERIMENTS["fig2"]
+    (block,) = experiment.blocks
+    row = RowResult(block.rows[0], {}, None, {0: [10.0, 20.0], 1: [30.0, 60.0]}, {})
+    figures._epochs(Reproduction(experiment, scale, [BlockResult(block, scale.settings[0], [row])], []))
+    (line,) = drawn[0].axes[0].lines
+    assert list(line.get_ydata()) == [20.0, 40.0]
 
 
 def test_an_experiment_trains_each_row_once_and_never_again(micro: str, trainings: list[str], tmp_path: Path) -> None:
@@ -440,9 +464,44 @@ def test_transfer_between_members(micro: str, trainings: list[str], tmp_path: Pa
 def test_black_box_robustness_and_training_time(micro: str, trainings: list[str], tmp_path: Path) -> None:
     result = reproduce("fig6", micro, out=tmp_path, seeds=1, device="cpu", only=["EAT"])
     assert len(trainings) == 2  # the surrogate, trained on clean images, and the row
+    assert trainings[0].endswith("-seed1000")  # which no row has
     row = result.blocks[0].rows[0]
     assert row.numbers["black box"][0] <= row.numbers["NAT"][0]
     assert row.seconds.mean > 0
+
+
+@dataclass(frozen=True)
+class Given(Judgement):
+    numbers: dict[str, float]
+
+    def judge(self, run: Run, config: TrainConfig) -> dict[str, float]:
+        return self.numbers
+
+
+def test_the_time_of_a_training_is_that_of_an_epoch_and_the_first_judgement_counts(tmp_path: Path) -> None:
+    judgements = (Given({"clean": 0.5}), Given({"clean": 0.25, "AA": 0.125}))
+    cell = cells.Cell("three epochs", tiny_config(tmp_path / "run"), judgements)
+    outcome = cells.run_cell(cell)
+    assert outcome.numbers == {"clean": 0.5, "AA": 0.125}
+    first, second, third = (record["seconds"] for record in Run.open(cell.folder).metrics)
+    assert outcome.seconds == pytest.approx((first + second + third) / 3)
+
+
+def test_what_was_judged_otherwise_or_before_the_last_epoch_is_judged_again(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    run = train(config).run
+    weak, strong = (
+        Transferred(TransferConfig(eps=eps, steps=2, restarts=1, images=40, protocol="all")) for eps in (0.01, 0.5)
+    )
+    numbers = weak.judge(run, config)
+    assert strong.judge(run, config) != numbers
+    assert weak.judge(run, config) == numbers
+    path = run.folder / "transfer.json"
+    matrix = TransferMatrix.load(path)
+    replace(matrix, fooled=~matrix.fooled).save(path)
+    before = checkpoints(run.checkpoints)[0].stat().st_mtime - 1
+    os.utime(path, (before, before))
+    assert weak.judge(run, config) == numbers
 
 
 def test_the_sensitivity_figures_draw_curves(micro: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import Ensemble
 from ceat_fast.evaluation import CLEAN, Check, EvaluationResult, Score, evaluate
+from ceat_fast.evaluation.probes import Probe
 from ceat_fast.evaluation.sanity import check_scores, curve
 
 ATTACK = {"PGD": PGD(eps=0.1, alpha=0.025, steps=10, seed=0)}
@@ -157,6 +158,17 @@ def test_no_gradient_at_all(honest: nn.Module) -> None:
 def test_gradients_that_mislead(honest: nn.Module) -> None:
     names = flagged(probed(Reversed(honest)))
     assert {"unbounded attack", "random noise", "attacks make progress"} <= names
+
+
+def test_an_attack_that_hardly_moves_is_beaten_by_noise_and_by_a_single_step() -> None:
+    """One draw of noise misleads half of the samples, twenty together all of them."""
+    x = torch.full((40, 1, 1, 1), 0.5)
+    model = Changed(nn.Flatten(), lambda z: torch.cat([0 * z, 100 * (z - 0.501)], 1)).eval()
+    weak = PGD(eps=0.1, alpha=1e-6, steps=1, random_start=False, seed=0)
+    probe = Probe(model, x, torch.zeros(40, dtype=torch.int64), torch.arange(40), weak)
+    for check in (probe.random_noise(), probe.single_step()):
+        assert check.outcome == "flag"
+        assert " 0.0%" in check.finding
 
 
 def test_members_that_betray_a_masked_ensemble(honest: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tiny_training import tiny_config
 from torch import nn
 
 from ceat_fast.methods import EAT
-from ceat_fast.training import Cosine, MultiStep, OneCycle, Schedule, Trainer
+from ceat_fast.training import AttackConfig, Cosine, MultiStep, OneCycle, Schedule, Trainer
 
 EPOCHS, STEPS = 12, 5
 
@@ -90,18 +89,19 @@ def test_wrong_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
-def test_the_attack_warms_up_step_by_step(tmp_path: Path) -> None:
-    """96 images in batches of 40: 3 steps per epoch, so the radius is 1/4, 2/4, 3/4 of its own, then all of it."""
-    config = tiny_config(tmp_path / "run", method=EAT(), eps_warmup_epochs=1, epochs=2)
-    config = dataclasses.replace(config, attack=dataclasses.replace(config.attack, eps=0.08, alpha=1.0, steps=1))
+@pytest.mark.parametrize(("steps", "reach"), [(1, 0.04), (3, 0.08)], ids=["step size", "radius"])
+def test_the_attack_warms_up_step_by_step(steps: int, reach: float, tmp_path: Path) -> None:
+    """96 images in batches of 40: 3 steps per epoch, so the attack goes 1/4, 2/4, 3/4 as far, then all of its way."""
+    attack = AttackConfig(eps=0.08, alpha=0.04, steps=steps, random_start=False)
+    config = tiny_config(tmp_path / "run", method=EAT(), attack=attack, eps_warmup_epochs=1, epochs=2)
     trainer = Trainer(config, console=Console(quiet=True))
-    radii = []
+    moves = []
     original = trainer.stepper.method.step
 
     def watch(ensemble: Any, adversarial: torch.Tensor, batch: Any) -> Any:
-        radii.append((adversarial - batch.images).abs().max().item())
+        moves.append((adversarial - batch.images).abs().max().item())
         return original(ensemble, adversarial, batch)
 
     trainer.stepper.method.step = watch  # type: ignore[method-assign]
     trainer.fit()
-    assert radii == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.08], rel=1e-4)
+    assert moves == pytest.approx([reach * share for share in (0.25, 0.5, 0.75, 1, 1, 1)], rel=1e-4)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from attack_models import Counting, correct_batch, linear, small_net
+from attack_models import Counting, correct_batch, first_run, linear, small_net
 
 from ceat_fast.attacks import Square
 from ceat_fast.attacks.square import bumps
@@ -41,6 +41,12 @@ def test_pattern_of_two_bumps_by_hand():
     assert bumps(1).tolist() == [[-1.0]]
 
 
+def test_every_proposal_has_noise_of_its_own() -> None:
+    search = Square(0.1).search(small_net(), 0.0, 10)
+    rows = search.begin(first_run(torch.rand(1, 1, 6, 6), torch.tensor([0]), 0.1, torch.zeros(1, 10)))
+    assert len({search._noise(rows, torch.tensor([step]))[0, 0].item() for step in range(200)}) == 200
+
+
 @pytest.mark.parametrize("side", [2, 4, 7, 32])
 def test_pattern_is_that_of_the_authors_code(side):
     authors = pytest.importorskip("pyautoattack.square")
@@ -69,6 +75,20 @@ def test_l2_fills_the_ball_and_raises_the_margin():
     assert robust.sum() >= 4
     assert torch.allclose(end.norm[robust], torch.tensor(0.05).double())
     assert (end.margin[robust] > start.margin[robust]).all()
+
+
+def test_an_l2_proposal_leaves_alone_what_is_outside_of_its_windows() -> None:
+    """The first window takes the norm that is free, all channels together, so that nothing else has to be scaled."""
+    search = Square(1.0, "L2", queries=5).search(small_net(channels=3), 0.0, 10)
+    x = torch.full((1, 3, 12, 12), 0.5, dtype=torch.float64)
+    rows = search.begin(first_run(x, torch.tensor([0]), 1.0, torch.zeros(1, 10)))
+    rows.best = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    corners = torch.tensor([[0.0, 0.0, 0.99, 0.99, 0.2, 0.2, 0.8, 0.2]]).double()  # windows at both ends
+    new = search.propose(rows, torch.tensor([3]), corners)
+    outside = torch.ones(12, 12, dtype=torch.bool)
+    outside[:3, :3] = outside[9:, 9:] = False
+    assert torch.allclose(new[..., outside], rows.best[..., outside])
+    assert (new - x).norm().item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.04), ("L2", 0.2)])

@@ -29,6 +29,7 @@ from ceat_fast.training import (
     Trainer,
     load_config,
 )
+from ceat_fast.training.checkpoint import checkpoints
 from ceat_fast.training.config import config_to_yaml
 from ceat_fast.training.metrics import EpochMetrics, histogram
 from ceat_fast.training.run import build_ensemble
@@ -38,9 +39,10 @@ from ceat_fast.training.state import Position
 
 def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
     optimizer = SGD(lr=0.05, grad_clip=1.0)
-    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=optimizer, schedule=MultiStep(milestones=[])))
+    trainer = train(tiny_config(tmp_path / "run", epochs=6, optimizer=optimizer, schedule=MultiStep(milestones=[5])))
     records = trainer.run.metrics
     assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["lr"] for record in records] == pytest.approx([0.05] * 5 + [0.005])
     assert records[-1]["ce"] < 0.8 * records[0]["ce"]
     assert records[-1]["train_nat_accuracy"] > records[0]["train_nat_accuracy"]
     last = records[-1]
@@ -85,6 +87,7 @@ def test_resume_trains_epochs_again_that_no_checkpoint_holds(tmp_path: Path) -> 
     crashing.run.add_metrics({"epoch": 3, "loss": 123.0})  # finished, but the crash came before its checkpoint
     resumed = train(dataclasses.replace(config, resume=True))
     assert without_time(resumed.run.metrics) == without_time(whole.run.metrics)
+    assert checkpoints(resumed.run.checkpoints)[0].name == "step-000000009"  # the last epoch is saved in any case
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
@@ -146,6 +149,12 @@ def test_members_start_from_streams_of_their_own() -> None:
     assert torch.equal(pair.members[1].fc.weight, b.fc.weight)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert stream_seed(0, "data", 1) != stream_seed(0, "attack", 1) != stream_seed(1, "attack", 1)
+
+
+def test_the_attack_draws_other_noise_in_every_epoch(tmp_path: Path) -> None:
+    stepper = Trainer(tiny_config(tmp_path / "run"), console=Console(quiet=True)).stepper
+    seeds = [stepper._attack(step)[0].seed for step in range(9)]  # three epochs of three steps
+    assert [seeds.count(seed) for seed in seeds] == [3] * 9
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -300,14 +309,14 @@ def test_own_data_and_members(tmp_path: Path) -> None:
 def test_metrics_are_means_over_samples_of_unequal_batches() -> None:
     metrics = EpochMetrics(lambda logits: logits.softmax(-1).mean(0))
     right, wrong = [5.0, 0.0], [0.0, 9.0]
-    for ce, logits in (([[1.0, 2.0]], [[right, wrong]]), ([[6.0]], [[right]])):
+    for ce, logits in (([[1.0, 2.0]], [[right, wrong]]), ([[7.0]], [[right]]), ([[2.0]], [[right]])):
         part = torch.tensor(ce)
-        output = StepOutput(part.mean(1), {"ce": part, "adv_disparity": part / 6}, torch.tensor(logits), None)
+        output = StepOutput(part.mean(1), {"ce": part, "adv_disparity": part / 7}, torch.tensor(logits), None)
         metrics.update(output, torch.zeros(part.shape[1], dtype=torch.int64))
     result = metrics.result()
     assert result["loss"] == pytest.approx(3.0)
     assert result["ce"] == pytest.approx(3.0)
-    assert result["train_adv_accuracy"] == pytest.approx(2 / 3)
+    assert result["train_adv_accuracy"] == pytest.approx(3 / 4)
     assert result["adv_disparity_max"] == pytest.approx(1.0)
     assert "train_nat_accuracy" not in result
     json.dumps(result, allow_nan=False)

@@ -146,14 +146,18 @@ def test_a_target_is_misled_by_any_of_the_restarts() -> None:
     pair = Ensemble([Side(0.55), Right()], backend="loop").eval()
     x = torch.full((40, 1, 1, 1), 0.5)
     y = torch.zeros(40, dtype=torch.int64)
-    rates = []
+    rates, accuracies = [], []
     for restarts in (1, 8):
         attack = PGD(eps=0.1, alpha=0.05, steps=4, restarts=restarts, seed=0)
         result = transferability(pair, x, y, attack)
         assert result.rate("member 0", "member 0") == 1
         rates.append(result.rate("member 0", "member 1"))
+        surrogates = {"side": Side(0.55).eval()}
+        accuracies.append(black_box(Right().eval(), surrogates, x, y, {"PGD": attack}).accuracies("model")["all"])
     assert 0.2 < rates[0] < 0.8
     assert rates[1] > 0.95
+    assert 0.2 < accuracies[0] < 0.8
+    assert accuracies[1] < 0.05
 
 
 def random_ensemble(seed: int, classes: int = 4) -> Ensemble:
@@ -273,6 +277,9 @@ def test_bad_input_is_refused() -> None:
         transferability(ensemble(), IMAGES, LABELS, protocol="correct")
     with pytest.raises(ValueError, match="protocol='all_correct' leaves no sample for member 0"):
         transferability(ensemble(), IMAGES, 1 - LABELS)
+    last = torch.tensor([4, 0, 1])
+    with pytest.raises(ValueError, match="protocol='source_correct' leaves no sample for member 1"):
+        transferability(ensemble(), IMAGES[last], LABELS[last], protocol="source_correct", samples=1)
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         transferability(ensemble(), IMAGES, LABELS, samples=0)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\), got 2"):

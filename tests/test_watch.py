@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_training import VALIDATED, At, Tiny, tiny_config, train
+from tiny_training import VALIDATED, At, Judge, Tiny, tiny_config, train
 
 from ceat_fast.attacks import PGD
 from ceat_fast.data import load_dataset
@@ -58,17 +58,6 @@ def test_validation_judges_every_so_many_epochs_and_the_last(tmp_path: Path) -> 
     validation = ValidationConfig(images=8, attack=VALIDATED.attack, every=2)
     records = train(tiny_config(tmp_path / "run", validation=validation, epochs=3)).run.metrics
     assert ["val_adv_accuracy" in record for record in records] == [False, True, True]
-
-
-class Judge(Callback):
-    """Puts given robust accuracies in the place of the measured ones."""
-
-    def __init__(self, *robust: float) -> None:
-        self.robust = list(robust)
-
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        record["val_adv_accuracy"] = self.robust[record["epoch"] - 1]
-        record["weights"] = trainer.judged.members[0].fc.weight.sum().item()
 
 
 def test_the_best_checkpoint_is_the_first_of_the_highest_robust_accuracy(tmp_path: Path) -> None:
@@ -149,8 +138,8 @@ def test_tensorboard_holds_the_records(tmp_path: Path) -> None:
     accumulator = event_accumulator.EventAccumulator(str(run.folder / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in accumulator.Scalars("loss")]
     assert losses == [(record["epoch"], pytest.approx(record["loss"])) for record in run.metrics]
-    member = [event.value for event in accumulator.Scalars("loss_members/2")]
-    assert member == pytest.approx([record["loss_members"][2] for record in run.metrics])
+    member = [(event.step, event.value) for event in accumulator.Scalars("loss_members/2")]
+    assert member == [(record["epoch"], pytest.approx(record["loss_members"][2])) for record in run.metrics]
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,3 +99,14 @@ class At(Callback):
     def on_step(self, trainer: Trainer, output: StepOutput) -> None:
         if trainer.steps_done == self.step:
             self.action()
+
+
+class Judge(Callback):
+    """Puts given robust accuracies in the place of the measured ones."""
+
+    def __init__(self, *robust: float) -> None:
+        self.robust = list(robust)
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        record["val_adv_accuracy"] = self.robust[record["epoch"] - 1]
+        record["weights"] = trainer.judged.members[0].fc.weight.sum().item()

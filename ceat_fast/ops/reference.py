@@ -77,7 +77,8 @@ def ceat_loss(adv: Tensor, nat: Tensor, target: Tensor, settings: CeatSettings) 
     ce = F.cross_entropy(adv.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
     adv_prob, nat_prob = adv.softmax(-1), nat.softmax(-1)
-    onehot = F.one_hot(target, classes).to(dtype)
+    # F.one_hot looks at the labels, which vmap over derivatives forbids.
+    onehot = (target.unsqueeze(-1) == torch.arange(classes, device=target.device)).to(dtype)
     peer_prob = nat_prob.detach() if settings.detach_nat else nat_prob
     nat_distance = (nat_prob - onehot).square().sum(-1)
     adv_distance = (adv_prob - peer_prob).square().sum(-1)
