@@ -450,6 +450,8 @@ def test_a_wrong_input_is_not_taken_for_a_model_that_cannot_be_batched():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="at least one module"):
         Ensemble([])
+    with pytest.raises(TypeError, match=r"member 1 must be a torch.nn.Module, got str"):
+        Ensemble([nn.Linear(2, 2), "resnet20"])
     with pytest.raises(ValueError, match=r"unknown backend 'vmpa' \(did you mean 'vmap'\?\)"):
         Ensemble(small_members(), backend="vmpa")
     with pytest.raises(ValueError, match=r"unknown average 'logits' \(did you mean 'logit'\?\)"):

@@ -429,6 +429,15 @@ def test_kernels_are_for_the_types_that_they_have():
 
 
 @on_native
+def test_inputs_of_another_type_than_the_weights_are_refused_by_torch():
+    x = torch.rand(2, 1, 8, 8)
+    with frozen(Ensemble([digits_resnet() for _ in range(2)], "fused").eval()) as view:
+        view(x)
+        with pytest.raises(RuntimeError, match=r"double.*float.* should be the same"):
+            view(x.double())
+
+
+@on_native
 def test_a_derivative_in_forward_mode_is_not_dropped():
     x = torch.rand(2, 3, 8, 8)
     with frozen(Ensemble([model.float() for model in lived_in(Smooth)], "fused")) as view, torch.no_grad():

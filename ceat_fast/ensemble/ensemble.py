@@ -50,6 +50,7 @@ class Ensemble(nn.Module):
     `torch.func` transforms over the parameters replace these by tensors without storage: they need backend="loop".
 
     Raises:
+        TypeError: a member that is no module.
         ValueError: no members, an unknown backend or average, or a member with uninitialised (lazy) parameters.
     """
 
@@ -67,6 +68,8 @@ class Ensemble(nn.Module):
         if not members:
             raise ValueError("members must hold at least one module, got none")
         for index, member in enumerate(members):
+            if not isinstance(member, nn.Module):
+                raise TypeError(f"member {index} must be a torch.nn.Module, got {type(member).__name__}")
             if any(is_lazy(tensor) for tensor in (*member.parameters(), *member.buffers())):
                 raise ValueError(f"member {index} has uninitialised lazy parameters: run it once on an input before")
         self.members = nn.ModuleList(members)

@@ -63,6 +63,7 @@ class FusedMembers:
         if reason is not None:
             raise NotFusableError(reason)
         self.members = list(members)
+        self._dtype = sample.dtype
         self._proved = False
         graph = trace(members[0], sample)
         self.program = _Program(graph, self.members)
@@ -89,6 +90,8 @@ class FusedMembers:
         Raises:
             NotFusableError: at the first call: the outputs are not those of the members, whose forward mixes samples.
         """
+        if x.dtype != self._dtype:
+            return self.plainly(x)  # torch says what does not go together
         if not self._proved and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._prove(x.detach())
             self._proved = True
