@@ -199,6 +199,35 @@ def test_another_evaluation_is_refused_by_name(
     assert (tmp_path / "part-0.jsonl").read_bytes() == before
 
 
+class Scaled(nn.Module):
+    """Its scale is in no fingerprint."""
+
+    def __init__(self, scale: float, noise: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.scale, self.noise = network(0), scale, noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.scale * self.model(x)
+        return logits + self.noise * torch.randn_like(logits)
+
+
+def test_the_same_weights_with_other_answers_are_refused(tmp_path: Path) -> None:
+    _, images, labels = task()
+    evaluate(Scaled(1.0).eval(), images, labels, ATTACKS, journal=tmp_path, sanity_samples=0)
+    evaluate(Scaled(1.01).eval(), images, labels, ATTACKS, journal=tmp_path, sanity_samples=0)  # may be rounding
+    with pytest.raises(JournalMismatchError, match=r"the clean margin of sample 0 was .*choose another folder"):
+        evaluate(Scaled(3.0).eval(), images, labels, ATTACKS, journal=tmp_path, sanity_samples=0)
+
+
+def test_answers_at_random_are_not_taken_for_those_of_another_model(tmp_path: Path) -> None:
+    _, images, labels = task()
+    first, again = (
+        evaluate(Scaled(1.0, noise=1.0).eval(), images, labels, ATTACKS, journal=tmp_path, sanity_samples=0)
+        for _ in range(2)
+    )
+    assert numbers(first) == numbers(again)
+
+
 def test_attacks_can_be_added_later(tmp_path: Path) -> None:
     judged(tmp_path, {"PGD-5": ATTACKS["PGD-5"]})
     assert numbers(judged(tmp_path)) == numbers(judged(None))

@@ -25,7 +25,7 @@ from ceat_fast.attacks.result import CLEAN
 from ceat_fast.evaluation.adversarials import AdversarialStore
 from ceat_fast.evaluation.examples import Examples
 from ceat_fast.evaluation.fingerprint import describe_attack, identity
-from ceat_fast.evaluation.journal import Journal
+from ceat_fast.evaluation.journal import Journal, JournalMismatchError
 from ceat_fast.evaluation.progress import EvaluationProgress
 from ceat_fast.evaluation.result import EvaluationResult
 from ceat_fast.evaluation.sanity import check_scores, probe_model
@@ -44,6 +44,8 @@ from ceat_fast.evaluation.verdicts import (
     within,
 )
 from ceat_fast.files import PathLike
+
+_ROUNDING = 0.05  # of a clean margin, and of 1: far above what another device or batch size makes of it
 
 
 def evaluate(
@@ -140,6 +142,7 @@ class _Session:
                 journal = stack.enter_context(Journal(folder, self.identity, self.settings, shard.rank))
                 self._replay(journal)
                 _tell_damage(journal, console)
+                self._require_same_answers(journal)
             progress = stack.enter_context(EvaluationProgress(console if shard.rank == 0 else None, share))
             store = AdversarialStore(folder) if keep_adversarials and folder is not None else None
             for name in self.columns:
@@ -208,6 +211,33 @@ class _Session:
         if journal is not None:
             journal.append(name, [*records, effort])
         return True
+
+    def _require_same_answers(self, journal: Journal) -> None:
+        """Refuse a journal whose clean verdicts are another model's with the same weights, by those of the first batch.
+
+        Raises:
+            JournalMismatchError: names a sample.
+        """
+        batch = range(min(self.batch_size, len(self.images)))
+        known = self.table.margins(CLEAN, self.main, batch)
+        if not known:
+            return
+        recorded = torch.tensor(list(known.values()))
+        now = self._clean_margins(batch)[list(known)]
+        differs = (now - recorded).abs() > _ROUNDING * (1 + recorded.abs())
+        if not differs.any() or not torch.equal(now, self._clean_margins(batch)[list(known)]):
+            return  # the second: a model that answers at random, which the sanity report tells
+        place = int(differs.nonzero()[0])
+        raise JournalMismatchError(
+            f"{str(journal.folder)!r} belongs to another evaluation: the weights are the same, but the clean margin of "
+            f"sample {list(known)[place]} was {recorded[place]:.4g} and is {now[place]:.4g}; something that is no "
+            "parameter or buffer differs; choose another folder for this one"
+        )
+
+    def _clean_margins(self, batch: range) -> Tensor:
+        """(B,) on the CPU, of the model as a whole."""
+        x, y, index = (t[: len(batch)].to(self.device) for t in (self.images, self.labels, self.index))
+        return judge(self.model, ENSEMBLE, x.unsqueeze(0), y, index)[2][0].cpu()
 
     def _replay(self, journal: Journal) -> None:
         for record in journal.records():

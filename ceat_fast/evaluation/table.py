@@ -90,6 +90,12 @@ class VerdictTable:
             records.append(record)
         return records
 
+    def margins(self, attack: str, subject: str, batch: range) -> dict[int, float]:
+        """Sample of the batch -> the subject's margin, of those that are judged."""
+        rows = self._rows[attack, subject]
+        place = Verdicts._fields.index("margin")
+        return {sample: row[place] for sample in batch if (row := rows[sample]) is not None}
+
     def correct(self, attack: str, subject: str, batch: range) -> int:
         """How many samples of the batch the subject has right."""
         return sum(row is not None and row[0] for row in self._rows[attack, subject][batch.start : batch.stop])
