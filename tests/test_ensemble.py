@@ -488,3 +488,14 @@ def test_a_graph_made_before_freezing_still_reaches_the_parameters(backend):
     plain.member_logits(images()).square().sum().backward()
     for parameter, expected in zip(ens.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+def test_members_that_first_ran_in_inference_mode_can_be_trained():
+    ensemble = Ensemble(small_members(), backend="vmap").eval()
+    with torch.inference_mode():
+        ensemble(images())
+    before = [parameter.detach().clone() for parameter in ensemble.parameters()]
+    optimizer = torch.optim.SGD(ensemble.parameters(), 0.1)
+    ensemble.train().member_logits(images()).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, ensemble.parameters()))

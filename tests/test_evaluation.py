@@ -254,6 +254,39 @@ def test_volumes_in_batches_of_as_many_as_there_are_members(batch_size: int) -> 
         assert flags(result.score(subject, "PGD")) == [True, True, False, False, True, True]
 
 
+@pytest.mark.parametrize("within", ["no_grad", "inference_mode", "autocast"])
+def test_what_the_caller_is_within_does_not_matter(within: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    images = torch.rand(6, 1, 2, 2)
+    expected = evaluate(model, images, LABELS, ATTACK)
+    contexts = {
+        "no_grad": torch.no_grad(),
+        "inference_mode": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+    }
+    with contexts[within]:
+        result = evaluate(model, images, LABELS, ATTACK)
+    for ours, right in zip(result.scores, expected.scores, strict=True):
+        assert torch.equal(ours.margin, right.margin)
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """An attack that writes to its input, beyond its ball."""
+
+    eps: float = 0.03
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
+        return x.add_(0.5).clamp_(0, 1)
+
+
+def test_an_attack_that_writes_to_its_input_is_seen_through() -> None:
+    images = IMAGES.clone()
+    with pytest.raises(ValueError, match="left its ball"):
+        evaluate(Threshold(0.5).eval(), images, LABELS, {"mine": InPlace()})
+    assert torch.equal(images, IMAGES)
+
+
 def test_distances_are_in_the_norm_of_the_attack() -> None:
     attack = PGD(eps=0.2, alpha=0.2, steps=2, random_start=False, seed=0, norm="L2")
     norm = evaluate(Threshold(0.5).eval(), IMAGES, LABELS, {"L2": attack}, sanity_samples=0).score("model", "L2").norm

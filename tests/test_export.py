@@ -128,6 +128,8 @@ def test_the_program_averages_as_the_ensemble_does() -> None:
     ensemble = Ensemble([nn.Linear(4, 3) for _ in range(2)], average="logit").eval()
     x = 3 * torch.randn(5, 4)
     torch.testing.assert_close(export_program(ensemble, x[:1]).module()(x), ensemble(x))
+    export_program(ensemble.train(), x[:1])
+    assert all(module.training for module in ensemble.modules())
 
 
 def test_a_model_that_cannot_be_traced_is_named() -> None:

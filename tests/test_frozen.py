@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ceat_fast.attacks import PGD
 from ceat_fast.ensemble import Ensemble, frozen, resolve_precision, unfolded
 from ceat_fast.models import digits_resnet, resnet20
 
@@ -361,3 +363,64 @@ def test_a_wrapped_ensemble_is_copied():
         assert view is not model
         torch.testing.assert_close(view(inputs()), expected)
     assert Ensemble.runtime_attributes <= vars(model[1]).keys()
+
+
+class ReadsWeights(nn.Module):
+    """Uses what folding would change a second time, outside of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        again = F.conv2d(1 - x, self.conv.weight, padding=1) / self.conv.bias.norm()
+        return self.fc((self.bn(self.conv(x)) - again).mean((2, 3))) * self.bn.weight.mean()
+
+
+def test_what_a_forward_reads_by_itself_is_not_folded():
+    torch.manual_seed(0)
+    model = ReadsWeights()
+    nn.init.uniform_(model.bn.weight, 0.5, 2)
+    for _ in range(3):
+        model(torch.rand(8, 2, 6, 6))
+    x = torch.rand(4, 2, 6, 6)
+    with torch.no_grad(), frozen(model.eval()) as view:
+        torch.testing.assert_close(view(x), model(x))
+    assert "forward reads a tensor" in unfolded(model)[0]
+
+
+def test_threads_attack_at_the_same_time():
+    def attack(model: nn.Module) -> None:
+        try:
+            for _ in range(8):
+                found.append(PGD(steps=3, seed=0)(model, x, y))
+        except Exception as error:  # would end in the thread
+            found.append(error)
+
+    x, y = torch.rand(4, 1, 8, 8), torch.randint(0, 10, (4,))
+    shared = Ensemble([digits_resnet() for _ in range(2)]).eval()
+    expected = PGD(steps=3, seed=0)(shared, x, y)
+    for models in ([shared] * 2, [Ensemble(list(copy.deepcopy(shared).members)).eval() for _ in range(2)]):
+        found: list[object] = []
+        threads = [threading.Thread(target=attack, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 16
+        assert all(isinstance(result, torch.Tensor) and torch.equal(result, expected) for result in found), found
+
+
+@pytest.mark.parametrize("how", ["subclass", "attribute"])
+def test_an_ensemble_that_combines_in_its_own_way_is_attacked_as_such(how):
+    class First(Ensemble):
+        def combine(self, logits):
+            return logits[0].log_softmax(-1)
+
+    x, y = torch.rand(4, 1, 8, 8), torch.randint(0, 10, (4,))
+    members = [digits_resnet() for _ in range(2)]
+    model = (First if how == "subclass" else Ensemble)(members).eval()
+    if how == "attribute":
+        model.combine = lambda logits: logits[0].log_softmax(-1)
+    attack = PGD(eps=0.1, alpha=0.03, steps=4, seed=0)
+    torch.testing.assert_close(attack(model, x, y), attack(members[0], x, y))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from rich.console import Console
@@ -107,6 +109,22 @@ def test_a_callback_in_ten_lines(tmp_path: Path) -> None:
 
     records = train(tiny_config(tmp_path / "run"), callbacks=[LargestGradient()]).run.metrics
     assert all(record["largest_gradient"] > 0 for record in records)
+
+
+def test_what_a_callback_adds_is_kept_as_json_or_refused_by_name(tmp_path: Path) -> None:
+    class Adds(Callback):
+        def __init__(self, value: object) -> None:
+            self.value = value
+
+        def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            record["mine"] = self.value
+
+    for number, value in enumerate([torch.tensor(2.0), numpy.float32(2), 2]):
+        run = train(tiny_config(tmp_path / str(number), epochs=1), callbacks=[Adds(value)]).run
+        assert run.metrics[0]["mine"] == 2
+    for name, wrong in (("nan", math.nan), ("vector", torch.zeros(2))):
+        with pytest.raises(ValueError, match=r"the record of an epoch must hold what JSON can, got mine="):
+            train(tiny_config(tmp_path / name, epochs=1), callbacks=[Adds(wrong)])
 
 
 def test_callbacks_are_called_in_order_also_when_the_run_fails(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def require_inputs(
     target: Tensor | None = None,
     eps: Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless x is a batch of floats in [0, 1] and the others fit it.
+    """Raise TypeError or ValueError unless x is a batch of floats in [0, 1] and the others fit it.
 
     Args:
         x: (B, ...) fp32 or fp64.
@@ -28,6 +28,10 @@ def require_inputs(
         index: (B,) int64.
         eps: (B,) floats, finite and not negative.
     """
+    named = {"x": x, "y": y, "index": index, "target": target, "eps": eps}
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if x.dtype not in (torch.float32, torch.float64) or x.dim() < 2:
         raise ValueError(f"x must be float32 or float64 of shape (B, ...), got {x.dtype} {tuple(x.shape)}")
     for name, tensor in (("y", y), ("index", index), ("target", target)):

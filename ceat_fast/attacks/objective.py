@@ -131,7 +131,8 @@ class Objective:
             return self.model.member_logits(x, per_member=True).flatten(0, 1).unsqueeze(0)
         if not is_ensemble(self.model):
             return plain_logits(self.model, x).unsqueeze(0)
-        if self.model.average == "prob":
+        own = type(self.model).combine is not Ensemble.combine or "combine" in vars(self.model)
+        if self.model.average == "prob" and not own:
             return self.model.member_logits(x, per_member=False)
         return self.model.combine(self.model.member_logits(x, per_member=False)).unsqueeze(0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from ceat_fast.ensemble.architecture import has_hooks, same_configuration
+from ceat_fast.ensemble.tracer import Tracer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -61,15 +62,15 @@ class FoldedCopy:
         module = _copied(source)
         norms = [name for name, child in module.named_modules() if isinstance(child, _NORMS)]
         self._pairs: list[Pair] = []
-        reason = "no convolution feeds it alone"
+        reason = "no convolution feeds it alone, or the forward reads a tensor of theirs"
         if batch_statistics:
             reason = "it normalises by batch statistics"
             for name in norms:
                 module.get_submodule(name).train()
         elif norms:
             try:
-                graph = fx.Tracer().trace(module)
-                self._pairs = _pairs(graph, module)
+                tracer = Tracer()
+                self._pairs = _pairs(tracer.trace(module), module, tracer.read)
             except Exception as error:  # whatever a forward does with the tracer's proxies
                 reason = f"torch.fx cannot trace the forward ({type(error).__name__})"
             _require_unchanged(module, source)
@@ -171,7 +172,8 @@ def _require_unchanged(module: nn.Module, source: nn.Module) -> None:
         raise NotCopyableError(f"{different} has attributes that cannot be compared, or its forward changes them")
 
 
-def _pairs(graph: fx.Graph, module: nn.Module) -> list[Pair]:
+def _pairs(graph: fx.Graph, module: nn.Module, read: Set[int]) -> list[Pair]:
+    """What can be folded; `read`: ids of tensors that the forward reads by itself, which must stay what they are."""
     modules = dict(module.named_modules())
     calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
     pairs = []
@@ -180,7 +182,8 @@ def _pairs(graph: fx.Graph, module: nn.Module) -> list[Pair]:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             continue
         convolution, norm = modules[str(before.target)], modules[str(node.target)]
-        if calls[convolution] == calls[norm] == 1 and _can_fold(convolution, norm):
+        is_read = any(id(tensor) in read for part in (convolution, norm) for tensor in _tensors(part).values())
+        if calls[convolution] == calls[norm] == 1 and _can_fold(convolution, norm) and not is_read:
             pairs.append(Pair(str(before.target), str(node.target)))
     return pairs
 

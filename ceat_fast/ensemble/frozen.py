@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import RLock
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -64,15 +64,14 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
 
 def _can_be_copied(model: nn.Module, precision: str) -> bool:
     key = precision, BN_MODES[0]
-    with _entrance:
-        views = _views.setdefault(model, {})
-        try:
-            require_copyable(model)
-            if key not in views:  # what could be copied once can be copied again, but for what a glance shows
-                views[key] = _View(model, *key)
-                views[key].release()
-        except (NotCopyableError, ValueError):
-            return False
+    views = _views.of.setdefault(model, {})
+    try:
+        require_copyable(model)
+        if key not in views:  # what could be copied once can be copied again, but for what a glance shows
+            views[key] = _View(model, *key)
+            views[key].release()
+    except (NotCopyableError, ValueError):
+        return False
     return True
 
 
@@ -161,27 +160,31 @@ class _View:
             self.module.release()
 
 
-_entrance = RLock()  # of blocks: one thread must not release what another one refreshes
-_views: WeakKeyDictionary[nn.Module, dict[tuple[str, str], _View]] = WeakKeyDictionary()
+class _Views(threading.local):
+    """Those of a thread: another one may change the weights meanwhile, and refresh its own."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[nn.Module, dict[tuple[str, str], _View]] = WeakKeyDictionary()
+
+
+_views = _Views()
 
 
 @contextmanager
 def _in_use(model: nn.Module, precision: str, bn_mode: str) -> Iterator[_View]:
     """The view of the model as it is now; the last one who leaves releases it."""
-    with _entrance:
-        view = _current_view(model, precision, bn_mode)
-        view.users += 1
+    view = _current_view(model, precision, bn_mode)
+    view.users += 1
     try:
         yield view
     finally:
-        with _entrance:
-            view.users -= 1
-            if not view.users:
-                view.release()
+        view.users -= 1
+        if not view.users:
+            view.release()
 
 
 def _current_view(model: nn.Module, precision: str, bn_mode: str) -> _View:
-    views = _views.setdefault(model, {})
+    views = _views.of.setdefault(model, {})
     view = views.get((precision, bn_mode))
     if view is None or not view.is_current(model):
         view = views[precision, bn_mode] = _View(model, precision, bn_mode)
@@ -198,7 +201,7 @@ def _parts(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
 
 def _is_copied_by_member(model: nn.Module) -> TypeGuard[Ensemble]:
     """A subclass may compute its output in a way of its own."""
-    return type(model) is Ensemble and is_ensemble(model)
+    return type(model) is Ensemble and is_ensemble(model) and "combine" not in vars(model)
 
 
 def _ensemble_settings(model: nn.Module) -> tuple[Any, ...]:

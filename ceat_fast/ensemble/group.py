@@ -197,7 +197,8 @@ class MemberGroup:
 
 def tied(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors in one, whose rows they become views into."""
-    stack = torch.stack([tensor.detach() for tensor in tensors])
-    for tensor, view in zip(tensors, stack, strict=True):
-        tensor.data = view
+    with torch.inference_mode(False):  # whose tensors could not be trained afterwards
+        stack = torch.stack([tensor.detach() for tensor in tensors])
+        for tensor, view in zip(tensors, stack, strict=True):
+            tensor.data = view
     return stack

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ceat_fast.ensemble.tracer import Tracer
 from ceat_fast.ops import convolution
 
 _RELUS = {"call_function": (F.relu, torch.relu, torch.relu_), "call_method": ("relu", "relu_")}
@@ -77,7 +78,7 @@ def trace(module: nn.Module, sample: Tensor) -> fx.Graph:
     return graph
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Does not look into modules that have tensors of their own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

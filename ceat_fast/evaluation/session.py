@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,19 @@ from ceat_fast.files import PathLike
 _ROUNDING = 0.05  # of a clean margin, and of 1: far above what another device or batch size makes of it
 
 
+@contextmanager
+def _ordinary_arithmetic() -> Iterator[None]:
+    """With gradients, and in the types that tensors have, whatever the caller is within."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@_ordinary_arithmetic()
 def evaluate(
     model: nn.Module,
     images: Tensor,

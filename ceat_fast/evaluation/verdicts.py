@@ -105,7 +105,7 @@ def within(tell: Tell | None, before: float, part: float) -> Tell | None:
 def _attack(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tell: Tell | None) -> Attacked:
     """One call; what the attack tells beyond the inputs, where it does."""
     if not hasattr(attack, "run"):
-        return Attacked(attack(model, x, y, index=index))
+        return Attacked(attack(model, x.clone(), y, index=index))  # which may write to its input
 
     def observe(part: str, samples: Tensor, result: AttackResult) -> None:
         if tell is not None:
@@ -113,7 +113,7 @@ def _attack(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, index: Tenso
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its remarks are in the result too
-        found: AttackResult = attack.run(model, x, y, index, observer=observe)
+        found: AttackResult = attack.run(model, x.clone(), y, index, observer=observe)
     names = [found.attacks[place] if place >= 0 else None for place in found.fooled_by.tolist()]
     forwards, backwards = (int(passes.clamp(min=0).sum()) for passes in (found.forwards, found.backwards))
     return Attacked(found.x_adv, [names], forwards, backwards, found.flags)

@@ -74,6 +74,7 @@ def export_program(ensemble: Ensemble, image: Tensor) -> Any:
     Raises:
         ValueError: torch.export cannot trace a member.
     """
+    training = [module for module in ensemble.modules() if module.training]
     plain = Ensemble(list(ensemble.members), backend="loop", average=ensemble.average).eval()
     batch = torch.export.Dim("batch")
     try:
@@ -84,3 +85,6 @@ def export_program(ensemble: Ensemble, image: Tensor) -> Any:
             f"torch.export cannot trace this ensemble ({names}): {str(error).splitlines()[0]}; --program false leaves "
             "the program out"
         ) from error
+    finally:
+        for module in training:
+            module.training = True

@@ -113,8 +113,9 @@ class Run:
         return record
 
     def add_metrics(self, record: dict[str, Any]) -> None:
+        line = json.dumps({name: _as_json(name, value) for name, value in record.items()})
         with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -184,6 +185,16 @@ class Run:
             warn(f"{self.environment_path} is damaged, and begun anew")
             sessions = []
         write_json(self.environment_path, [*sessions, describe_environment()])
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """A value of a record as JSON can hold it: numbers of torch and NumPy become Python's."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the record of an epoch must hold what JSON can, got {name}={value!r}") from error
+    return value
 
 
 def build_ensemble(config: TrainConfig, dataset: Dataset) -> Ensemble:
