@@ -54,10 +54,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(". ")[0]
         raise ValueError(
-            f'device {name!r} cannot be used here ({error}); allowed: "auto", "cpu", "cuda", "cuda:1"'
+            f'device {name!r} cannot be used here ({reason}); allowed: "auto", "cpu", "cuda", "cuda:1"'
         ) from error
     return device
 

@@ -124,6 +124,8 @@ def test_help_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         (["--schedule", "Cosin"], "did you mean 'Cosine'?"),
         (["--average", "EMMA"], "did you mean 'EMA'?"),
         (["--schedule", "Cosine", "--schedule.finl", "0.1"], "did you mean 'schedule.final'?"),
+        (["--device", "meta"], "device 'meta' cannot be used here (Cannot copy out of meta tensor; no data!)"),
+        (["--out", "r\udcff"], "out='r\\udcff' cannot be written to a config file: it is no valid text"),
         (["--attack.qqq", "3"], "allowed: attack.alpha, attack.eps,"),
         (["--zzz.qqq", "3"], "allowed: attack, average,"),
         (["--watch.patence", "2"], "did you mean 'watch.patience'?"),

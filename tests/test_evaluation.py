@@ -97,10 +97,14 @@ def test_the_file_holds_everything_and_reads_back(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluation.examples.safetensors", "evaluation.json"]
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text('{"scores": []}')
-    with pytest.raises(ValueError, match="no evaluation of this version"):
-        EvaluationResult.load(tmp_path / "evaluation.json")
+@pytest.mark.parametrize("key", ["scores", "attacks", "labels", "checks", "about", "environment"])
+def test_a_file_of_something_else_is_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    whole = evaluate(Threshold(0.5).eval(), IMAGES, LABELS, ATTACK, sanity_samples=0).to_dict()
+    for tree in ({name: value for name, value in whole.items() if name != key}, whole | {key: None}):
+        path.write_text(json.dumps(tree))
+        with pytest.raises(ValueError, match="no evaluation of this version"):
+            EvaluationResult.load(path)
 
 
 def test_the_examples_are_the_samples_with_the_lowest_margin_under_attack() -> None:

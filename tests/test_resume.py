@@ -326,7 +326,7 @@ def test_a_record_that_was_cut_off_is_dropped(whole: Path, tmp_path: Path) -> No
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("line", [b"", b'{"loss": 1.0}', b"[1]", b"\xff"])
+@pytest.mark.parametrize("line", [b"", b'{"loss": 1.0}', b'{"epoch": 1, "loss": NaN}', b"[1]", b"\xff"])
 def test_a_damaged_record_is_named(line: bytes, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
@@ -352,6 +352,14 @@ def test_missing_records_are_told(whole: Path, tmp_path: Path) -> None:
     text = warnings_of(everything_config(tmp_path / "run", resume=True, epochs=4))
     assert "metrics.jsonl lacks 3 of 3 finished epochs" in text
     assert [record["epoch"] for record in Run.open(tmp_path / "run").metrics] == [4]
+
+
+def test_missing_checkpoints_are_told(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    text = warnings_of(everything_config(tmp_path / "run", resume=True))
+    assert "checkpoints holds no checkpoint: 3 finished epochs are trained again" in text
+    assert_same_run(tmp_path / "run", whole)
 
 
 def warnings_of(config: TrainConfig) -> str:

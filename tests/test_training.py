@@ -467,3 +467,21 @@ def test_a_long_run_measures_its_execution_once_and_keeps_it(tmp_path: Path, mon
     assert resumed.ensemble.tuned == choice
     resumed.fit()
     assert len(calls) == 1
+
+
+def test_an_ensemble_from_python_is_read_back_as_it_was(tmp_path: Path) -> None:
+    """Its average too, which no setting has; members that the settings do not name are refused by name."""
+    dataset = load_dataset("digits")
+    config = tiny_config(tmp_path / "run", epochs=1)
+    ensemble = Ensemble([Tiny() for _ in range(3)], average="logit")
+    trainer = Trainer(config, ensemble=ensemble, console=Console(quiet=True))
+    trainer.fit()
+    x = dataset.test_images[:4].float() / dataset.scale
+    torch.testing.assert_close(trainer.run.load_ensemble(dataset)(x), trainer.ensemble(x))
+
+    linear = Ensemble([nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(3)])
+    config = dataclasses.replace(config, out=str(tmp_path / "other"))
+    trainer = Trainer(config, ensemble=linear, console=Console(quiet=True))
+    trainer.fit()
+    with pytest.raises(ValueError, match=r"holds other members than models=\['tiny_training:tiny'"):
+        trainer.run.load_ensemble(dataset)

@@ -157,6 +157,9 @@ class EvaluationResult:
             )
             for s in tree["scores"]
         ]
+        for name in ("attacks", "about", "environment"):
+            if not isinstance(tree[name], dict):
+                raise TypeError(f"{name} is {tree[name]!r}")
         checks = [Check(**check) for check in tree["checks"]]
         labels = _split(tree["labels"], torch.int64)
         return cls(scores, tree["attacks"], labels, checks, tree["about"], tree["environment"])
@@ -171,7 +174,7 @@ class EvaluationResult:
         path = Path(path)
         try:
             result = cls.from_dict(json.loads(path.read_text()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is no evaluation of this version ({error}); evaluate again") from error
         if (examples := _examples_path(path)).is_file():
             result.examples = Examples.load(examples)

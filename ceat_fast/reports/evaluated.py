@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,8 @@ def open_evaluated(folders: Sequence[PathLike]) -> list[Evaluated]:
 def _open(folder: Path) -> Evaluated:
     path = folder / EVALUATION
     if not path.is_file():
-        raise ValueError(
-            f"{str(folder)!r} holds no {path.name}: it must be evaluated first: ceat-fast evaluate {folder}"
-        )
+        command = f"ceat-fast evaluate {shlex.quote(str(folder))}"
+        raise ValueError(f"{str(folder)!r} holds no {path.name}: it must be evaluated first: {command}")
     result = EvaluationResult.load(path)
     run = Run(folder) if Run(folder).config_path.is_file() else None
     transfer = TransferMatrix.load(folder / MATRIX) if (folder / MATRIX).is_file() else None

@@ -244,7 +244,7 @@ def settings(evaluated: Sequence[Evaluated]) -> str:
         environment = {"evaluation": one.result.environment}
         if one.run is not None:
             metrics = one.run.metrics
-            seconds = sum(record["seconds"] for record in metrics)
+            seconds = sum(record.get("seconds", 0) for record in metrics)
             parts.append(page.paragraph(f"{one.label}: {len(metrics)} epochs in {seconds:,.0f} s of training."))
             parts.append(page.details(f"Settings of {one.label}", config_to_yaml(one.run.config)))
             if one.run.environment_path.is_file():

@@ -99,6 +99,9 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name, path in (("out", self.out), ("data.root", self.data.root)):
+            if not _is_unicode(path):
+                raise ValueError(f"{name}={path!r} cannot be written to a config file: it is no valid text")
         require(len(self.models) > 0, "models", self.models, "one name per member, at least one")
         require_positive(self, "", "epochs")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for BatchNorm's statistics")
@@ -115,6 +118,15 @@ class TrainConfig:
             require(epoch <= self.epochs, name, epoch, f"at most epochs={self.epochs}")
         if self.watch.overfitting == "stop" and not self.validation.images:
             raise ValueError("watch.overfitting='stop' needs held-out images: set validation.images")
+
+
+def _is_unicode(path: Any) -> bool:
+    """Whether the file system's name is text: bytes that are not come as surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def config_parser(*, with_config_option: bool = False) -> Any:

@@ -38,6 +38,7 @@ class Run:
         self.config_path = self.folder / "config.yaml"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.environment_path = self.folder / "environment.json"
+        self.ensemble_path = self.folder / "ensemble.json"
         self.evaluation_path = self.folder / EVALUATION
         self.checkpoints = self.folder / "checkpoints"
 
@@ -76,14 +77,21 @@ class Run:
                 "give the same, or choose another folder with --out"
             )
 
-    def begin(self, config: TrainConfig, warn: Callable[[str], object]) -> None:
+    def begin(self, config: TrainConfig, warn: Callable[[str], object], average: str = "prob") -> None:
         """Write down the settings and the machine of a session; for who has the lock and nothing left to refuse.
 
-        `warn` is told of a damaged file.
+        Args:
+            config: the settings.
+            warn: is told of a damaged file.
+            average: that of the ensemble, which no setting has.
         """
         for path in (self.config_path, self.environment_path, self.metrics_path):
             remove_temporaries(self.folder, path.name)  # not those of others: an evaluation does not take the lock
         write_atomic(self.config_path, config_to_yaml(config).encode())  # first, since it makes the folder a run
+        if average == "prob":
+            self.ensemble_path.unlink(missing_ok=True)
+        else:
+            write_json(self.ensemble_path, {"average": average})
         self.checkpoints.mkdir(exist_ok=True)
         self._record_environment(warn)
 
@@ -107,7 +115,7 @@ class Run:
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         record = None
         with suppress(ValueError):
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=_refuse_constant)
         if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
             raise ValueError(f"{self.metrics_path}: line {number} is not the record of an epoch; remove it")
         return record
@@ -133,7 +141,8 @@ class Run:
             checkpoint: "last", or "best" for that of the highest robust accuracy on held-out images.
 
         Raises:
-            ValueError: an unknown name, no such checkpoint yet, or a damaged one.
+            ValueError: an unknown name, no such checkpoint yet, a damaged one, or one of other members than the
+                config's, which a Trainer was given.
         """
         require_choice("checkpoint", checkpoint, KINDS)
         found = checkpoints(self.checkpoints, KINDS[checkpoint])
@@ -142,7 +151,15 @@ class Run:
             raise ValueError(f"run {os.fspath(self.folder)!r} has no {checkpoint} checkpoint yet{hint}")
         weights = load_weights(found[0])
         ensemble = build_ensemble(self.config, dataset)
-        ensemble.load_state_dict(weights)
+        if self.ensemble_path.is_file():
+            ensemble.average = json.loads(self.ensemble_path.read_bytes())["average"]
+        try:
+            ensemble.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{os.fspath(found[0])!r} holds other members than models={self.config.models}: the Trainer was given "
+                "an ensemble; load the weights into one like it (ceat_fast.training.checkpoint.load_weights)"
+            ) from error
         return ensemble.to(resolve_device(device)).eval()
 
     @contextmanager
@@ -185,6 +202,10 @@ class Run:
             warn(f"{self.environment_path} is damaged, and begun anew")
             sessions = []
         write_json(self.environment_path, [*sessions, describe_environment()])
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _as_json(name: str, value: Any) -> Any:

@@ -116,7 +116,11 @@ class Trainer:
                     self._found = self._in_folder()
             self.position = self.keeper.restore(self.metrics, self._warn)
             self._require_epochs()
-            self.records = [record for record in self.run.metrics if record["epoch"] <= self.position.epoch]
+            written = self.run.metrics
+            self.records = [record for record in written if record["epoch"] <= self.position.epoch]
+        lost = len(written) - len(self.records)
+        if lost and not self.steps_done:
+            self._warn(f"{self.run.checkpoints} holds no checkpoint: {lost} finished epochs are trained again")
         missing = self.position.epoch - len(self.records)
         if missing > 0:
             self._warn(f"{self.run.metrics_path} lacks {missing} of {self.position.epoch} finished epochs")
@@ -338,7 +342,7 @@ class Trainer:
                             "make a new one"
                         )
                     self.keeper.require_space(self.config.checkpoint.keep)
-                    self.run.begin(self.config, self._warn)
+                    self.run.begin(self.config, self._warn, self._local.average)
                     remove_temporaries(self.run.checkpoints)
                     self.run.forget_metrics_after(self.position.epoch)
                     self.keeper.forget_best_after(self.steps_done)
