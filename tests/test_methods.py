@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from ceat_fast.methods import (
     METHODS,
     SCORE,
     TRS,
+    Batch,
     CalibratedDistance,
     Epoch,
     Method,
     Standard,
+    StepOutput,
     make_method,
 )
 from ceat_fast.methods.filters import peer_filter
@@ -424,3 +427,26 @@ def test_fasten_refuses_a_single_member_before_it_draws_two() -> None:
     ensemble, batch = small_ensemble((2,))
     with pytest.raises(ValueError, match="FASTEN needs at least 2 members, got 1"):
         FASTEN().perturb(lambda model, x, y, index: x, ensemble, batch)
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (torch.zeros(2), TypeError, "Own.member_losses must return a StepOutput, got Tensor"),
+        (
+            StepOutput(torch.zeros(()), {}, None, None),
+            ValueError,
+            r"must return losses \(2,\), got \(\)",
+        ),
+        (StepOutput(torch.zeros(2), {"kl": torch.zeros(5)}, None, None), ValueError, r"part 'kl' must be \(2, B\) or"),
+    ],
+    ids=["no output", "losses", "part"],
+)
+def test_what_a_method_of_ones_own_must_return(output: Any, error: type[Exception], message: str) -> None:
+    class Own(Method):
+        def member_losses(self, ensemble: Ensemble, adversarial: Tensor, batch: Batch) -> StepOutput:
+            return output
+
+    ensemble, batch = fixed_ensemble(2, 1)
+    with pytest.raises(error, match=message):
+        Own().step(ensemble, batch.images, batch)

@@ -115,10 +115,12 @@ class Method(ABC):
         Every method logs "ce", the cross-entropy of the adversarial input, and "adv_disparity".
 
         Raises:
-            ValueError: fewer members than the method needs.
+            TypeError, ValueError: fewer members than the method needs, or `member_losses` returns something else than
+                it has to.
         """
         self.require_members(len(ensemble.members))
         output = self.member_losses(ensemble, adversarial, batch)
+        self._require_output(output, len(ensemble.members))
         if self.plus_ceat is not None:
             output = self._with_distance(self.plus_ceat, output, ensemble, batch)
         parts = dict(output.parts)
@@ -127,6 +129,18 @@ class Method(ABC):
             parts["adv_disparity"] = true_class_disparity(parts["ce"])
         adv, nat = (None if z is None else z.detach() for z in (output.adv_logits, output.nat_logits))
         return StepOutput(output.losses, parts, adv, nat)
+
+    def _require_output(self, output: object, members: int) -> None:
+        """Refuse by name what a method of the user's may return."""
+        name = f"{type(self).__name__}.member_losses"
+        if not isinstance(output, StepOutput):
+            raise TypeError(f"{name} must return a StepOutput, got {type(output).__name__}")
+        losses = output.losses
+        if losses.dim() != 1 or len(losses) < members:  # more where other processes have members, too
+            raise ValueError(f"{name} must return losses ({members},), got {tuple(losses.shape)}")
+        for part, values in output.parts.items():
+            if values.dim() != 2 or len(values) not in (1, len(losses)):
+                raise ValueError(f"{name}: part {part!r} must be ({members}, B) or (1, B), got {tuple(values.shape)}")
 
     def _with_distance(
         self, distance: CalibratedDistance, output: StepOutput, ensemble: Ensemble, batch: Batch
