@@ -269,7 +269,7 @@ def test_what_the_caller_is_within_does_not_matter(within: str) -> None:
         "autocast": torch.autocast("cpu", torch.bfloat16),
     }
     with contexts[within]:
-        result = evaluate(model, images, LABELS, ATTACK)
+        result = evaluate(model, images.clone(), LABELS.clone(), ATTACK)
     for ours, right in zip(result.scores, expected.scores, strict=True):
         assert torch.equal(ours.margin, right.margin)
 

@@ -104,6 +104,7 @@ def evaluate(
     """
     attacks = {"PGD-20": PGD(eps=0.031, alpha=0.007, steps=20, seed=0)} if attacks is None else dict(attacks)
     index = torch.arange(len(images)) if index is None else index.cpu()
+    images, labels, index = (t.clone() if t.is_inference() else t for t in (images, labels, index))
     device = next((p.device for p in model.parameters()), images.device)
     classes = _require_judgeable(model, images, labels, index, device)
     _require_settings(attacks, batch_size, samples, sanity_samples, journal, keep_adversarials)
